@@ -1,0 +1,597 @@
+"""Images and videos to token sequences (§3.3, §3.4), and the small built-in world that stands in for them.
+
+    media -> frames      read_frames: resize the short side to R pixels, keep every 4th frame (§3.4)
+    frames -> tokens     tokenize: crop, encode with the dVAE, store codes in a token folder
+    tokens -> sequences  Mixture: sources mixed by weight (§3.3), [start] + 16 frames in raster order + [end] (§3.4)
+
+    python data.py MEDIA... --out tokens/NAME      tokenize files or folders of images and videos once, for all training
+
+A token folder holds numbered shards, each an array NNNNN.npy of uint16 codes (frames, h, w) and an index NNNNN.json of
+the clips in it (name, number of frames, labels), and meta.json, which names the tokenizer, the resolution and the
+stride. An image is a clip of one frame; everything downstream treats the two alike, save the start token.
+Shape letters: F frames, R pixels a side, h and w codes, T tokens.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
+from tqdm import tqdm
+
+import dvae
+from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
+
+
+# ------------------------------------------------------------------------------------------------ the built-in world
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+WORLD, WORLD_CLIPS = "world", 1600  # its name as a source, and how many clips one trains on
+MOTIONS = ("horizontal", "vertical", "diagonal", "clockwise", "counter-clockwise", "pulsing")
+COLOURS = ((230, 40, 40), (50, 80, 235), (240, 220, 40), (245, 245, 245))
+GROUNDS = ((60, 60, 70), (120, 150, 120), (130, 100, 120))
+
+
+@dataclass
+class WorldClip:
+    frames: np.ndarray  # uint8 (F, R, R, 3)
+    labels: dict  # {"shape": one of SHAPES, "motion": one of MOTIONS}, of the large object
+    masks: np.ndarray  # bool (F, R, R): where the large object can be seen
+    positions: np.ndarray  # float (F, 2): its centre (x, y) in pixels, hidden or not
+
+
+def world_clip(index, n_frames=16, resolution=64, seed=0):
+    """Clip number `index` of the moving-shapes world: always the same for the same arguments.
+
+    A large object of some shape moves in some way over a textured ground; a small one of any shape moves in a straight
+    line, bounces off the borders, and passes before or behind it. What it is shows in a single frame, though not in a
+    single pixel; how it moves shows only over several.
+    """
+    rng = np.random.default_rng([seed, index])
+    R, t = resolution, np.arange(n_frames)
+    labels = {"shape": SHAPES[rng.integers(len(SHAPES))], "motion": MOTIONS[rng.integers(len(MOTIONS))]}
+    ground, large_colour, small_colour = GROUNDS[rng.integers(len(GROUNDS))], *rng.permutation(COLOURS)[:2]
+    texture = rng.integers(-12, 13, (6, 6, 1)) + np.array(ground)
+    texture = Image.fromarray(texture.clip(0, 255).astype(np.uint8)).resize((R, R), Image.Resampling.BICUBIC)
+    frames = np.repeat(np.asarray(texture, dtype=np.float32)[None], n_frames, axis=0)  # (F, R, R, 3)
+
+    # The large object's centre (x, y) and radius over time; lengths are shares of the frame's side.
+    motion, size, speed = labels["motion"], rng.uniform(0.20, 0.24), rng.uniform(0.05, 0.08)
+    low, high = size, 1 - size
+    x, y = rng.uniform(low, high, (2, 1)) + np.zeros(n_frames)
+    radius = np.full(n_frames, size)
+    way_x, way_y = rng.choice((-speed, speed), 2)
+    if motion in ("horizontal", "diagonal"):
+        x = bounce(x + way_x * t, low, high)
+    if motion in ("vertical", "diagonal"):
+        y = bounce(y + way_y * t, low, high)
+    if motion in ("clockwise", "counter-clockwise"):
+        orbit = rng.uniform(0.18, 0.24)
+        turn = rng.uniform(0, 2 * np.pi) + (1 if motion == "clockwise" else -1) * speed / orbit * t
+        centre_x, centre_y = rng.uniform(size + orbit, 1 - size - orbit + 1e-9, 2)
+        x, y = centre_x + orbit * np.cos(turn), centre_y + orbit * np.sin(turn)  # y points down: clockwise
+    if motion == "pulsing":
+        radius = size * (1 + 0.4 * np.sin(rng.uniform(0, 2 * np.pi) + 10 * speed * t))
+
+    small = rng.uniform(0.10, 0.12)
+    small_x, small_y = (bounce(rng.uniform(0, 1) + rng.uniform(-0.08, 0.08) * t, small, 1 - small) for _ in range(2))
+    objects = [
+        (labels["shape"], x, y, radius, large_colour),
+        (SHAPES[rng.integers(len(SHAPES))], small_x, small_y, np.full(n_frames, small), small_colour),
+    ]
+    masks = np.zeros((n_frames, R, R), dtype=bool)
+    for i in rng.permutation(2):  # the last one drawn is in front
+        shape, *outline, colour = objects[i]
+        cover = shape_cover(shape, R, *outline)  # (F, R, R)
+        frames += cover[..., None] * (colour - frames)
+        masks = cover > 0.5 if i == 0 else masks & (cover <= 0.5)
+    return WorldClip(frames.round().astype(np.uint8), labels, masks, R * np.stack((x, y), axis=1))
+
+
+def bounce(x, low, high):
+    """Fold positions on a line into [low, high], as if they bounced off both ends."""
+    span = high - low
+    return high - abs((x - low) % (2 * span) - span)
+
+
+def shape_cover(shape, R, x, y, radius):
+    """Share of every pixel that a shape with centres x, y and radii `radius`, each (F,), covers: (F, R, R)."""
+    x, y, radius = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (x, y, radius))
+    pixels = (np.arange(R, dtype=np.float32) + 0.5) / R
+    u, v = (pixels[None, None, :] - x) / radius, (pixels[None, :, None] - y) / radius
+    r, across, along = np.hypot(u, v), abs(u) + 0 * v, abs(v) + 0 * u
+    # Distance to the outline of the shape of radius 1, negative inside.
+    distance = {
+        "circle": lambda: r - 0.9,
+        "square": lambda: np.maximum(across, along) - 0.8,
+        "triangle": lambda: np.maximum(0.87 * across - 0.5 * v, v + 0 * u) - 0.55,
+        "cross": lambda: np.maximum(np.minimum(across, along) - 0.3, np.maximum(across, along) - 1),
+        "ring": lambda: abs(r - 0.7) - 0.25,
+        "star": lambda: r - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
+    }[shape]()
+    return np.clip(0.5 - distance * radius * R, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------- media -> frames
+IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+VIDEO_TYPES = {".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
+# imageio's ffmpeg plug-in remarks on every rescaled video.
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
+
+
+def find_media(root):
+    """Image files, then video files, below a folder (or the file itself), each in the order of their paths."""
+    root = Path(root)
+    if not root.exists():
+        raise ValueError(f"{root}: no such file or folder")
+    files = [root] if root.is_file() else sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not any(part.startswith(".") for part in Path(folder, name).relative_to(root).parts)
+    )  # fmt: skip
+    media = [[f for f in files if f.suffix.lower() in types] for types in (IMAGE_TYPES, VIDEO_TYPES)]
+    if not any(media):
+        raise ValueError(f"{root}: no images or videos here ({', '.join(sorted(IMAGE_TYPES | VIDEO_TYPES))})")
+    return media
+
+
+def read_frames(path, resolution, stride=4):
+    """Yield every stride-th frame of a video or image as uint8 (H, W, 3), upright, its short side `resolution` pixels.
+
+    §3.4: "resize it such that its shortest size is R pixels" and "sample every 4 frames". Raises OSError or ValueError
+    where the file cannot be decoded.
+    """
+    if Path(path).suffix.lower() in IMAGE_TYPES:
+        with Image.open(path) as image:
+            for i, frame in enumerate(ImageSequence.Iterator(image)):  # an animated GIF has many, a JPEG one
+                if i % stride == 0:
+                    yield np.asarray(resize_short_side(upright_rgb(frame), resolution))
+    else:
+        # ffmpeg drops, rotates and scales the frames in a process of its own, beside our encoding.
+        keep = f"select=not(mod(n\\,{stride}))"
+        scale = f"scale={resolution}:{resolution}:force_original_aspect_ratio=increase:flags=bicubic"
+        options = ["-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
+        yield from iio.imiter(path, plugin="FFMPEG", output_params=options)
+
+
+def upright_rgb(image):
+    """Any Pillow image as RGB: EXIF orientation applied, transparency laid on white, 16-bit values scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_short_side(image, resolution):
+    scale = resolution / min(image.size)
+    size = [max(resolution, round(scale * side)) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def crop(frame, resolution, place=(0.5, 0.5)):
+    """Cut R x R out of a frame (H, W, 3) whose short side is R, at a place (down, across) from 0 to 1 (§3.4)."""
+    top, left = (round(share * (side - resolution)) for share, side in zip(place, frame.shape))
+    return frame[top : top + resolution, left : left + resolution]
+
+
+# ------------------------------------------------------------------------------------------------ frames -> tokens
+# Clips of one shard. A shard is the unit of work that processes share and a stop can lose.
+IMAGES_PER_SHARD, VIDEOS_PER_SHARD = 512, 16
+
+
+@dataclass
+class Item:
+    """Something to tokenize: a media file, or a clip of the world."""
+
+    name: str  # relative to the folder it came from
+    read: callable  # () -> ({task: class}, iterable of frames (H, W, 3) whose short side is R)
+
+
+def media_shards(root, resolution, stride):
+    """The shards of a folder, each a list of Items. A file below a sub-folder belongs to the class of its name."""
+    root, shards = Path(root), []
+    for files, size in zip(find_media(root), (IMAGES_PER_SHARD, VIDEOS_PER_SHARD)):
+        items = []
+        for path in files:
+            name = path.relative_to(root) if path != root else Path(path.name)
+            labels = {"class": name.parts[0]} if len(name.parts) > 1 else {}
+            read = lambda path=path, labels=labels: (labels, read_frames(path, resolution, stride))
+            items.append(Item(name.as_posix(), read))
+        shards += [items[i : i + size] for i in range(0, len(items), size)]
+    return shards
+
+
+def world_shards(indices, resolution, n_frames=16):
+    """The shards of the built-in world's clips with these indices."""
+
+    def read(index):
+        clip = world_clip(index, n_frames, resolution)
+        return clip.labels, clip.frames
+
+    items = [Item(f"world/{index:07d}", lambda index=index: read(index)) for index in indices]
+    return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
+
+
+def gather_frames(shards, count, resolution, seed=0, per_item=16):
+    """Up to `count` frames (N, R, R, 3) in memory, at most per_item of an item: what a tokenizer trains on."""
+    rng = np.random.default_rng(seed)
+    items = [item for shard in shards for item in shard]
+    frames, skipped = [], {}
+    with tqdm(total=min(count, per_item * len(items)), desc="reading frames", unit="frame", dynamic_ncols=True) as bar:
+        for i in rng.permutation(len(items)):
+            try:
+                place = rng.random(2)
+                new = [crop(frame, resolution, place) for frame in islice(items[i].read()[1], per_item)]
+            except Exception as error:  # whatever a damaged file makes a decoder raise
+                skipped[items[i].name] = error
+                continue
+            frames += new
+            bar.update(len(new))
+            if len(frames) >= count:
+                break
+    report_skipped(skipped)
+    if not frames:
+        raise ValueError("none of the media files could be read")
+    return np.stack(frames[:count])
+
+
+def report_skipped(skipped):
+    if skipped:
+        names = ", ".join(list(skipped)[:5]) + (", ..." if len(skipped) > 5 else "")
+        print(f"skipped {len(skipped)} file(s) that cannot be read: {names}", file=sys.stderr)
+
+
+def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", rank=0, world_size=1):
+    """Encode the shards into the token folder `out`; go on where an earlier call stopped, and share the work by rank.
+
+    crops = 1 takes the centre of every frame; more take that many places at random, the same for all frames of a clip
+    (§3.4: "a random crop of R x R x T"), each stored as a clip of its own.
+    """
+    out = Path(out)
+    grid = resolution // dvae.PIXELS_PER_CODE
+    meta = {
+        "tokenizer": tokenizer.fingerprint(),
+        "precision": str(tokenizer.compute_dtype).removeprefix("torch."),
+        "vocab_size": tokenizer.config.vocab_size,
+        "resolution": resolution,
+        "stride": stride,
+        "crops": crops,
+        "grid": [grid, grid],
+        "source": str(source),
+    }
+    if (out / "meta.json").exists():
+        stored = json.loads((out / "meta.json").read_text())
+        for key, value in meta.items():
+            if stored.get(key) != value:
+                raise ValueError(f"{out}: was made with {key} {stored.get(key)}, not {value}; use another folder")
+    write_json({**meta, "shards": len(shards)}, out / "meta.json")
+
+    todo = [i for i in range(rank, len(shards), world_size) if not is_finished(out, i, shards[i])]
+    with tqdm(total=sum(len(shards[i]) for i in todo), desc="tokenizing", unit="file", dynamic_ncols=True) as bar:
+        skipped, n_frames = {}, 0
+        for i in todo:
+            codes, index = encode_shard(shards[i], tokenizer, resolution, crops, bar)
+            with dvae.atomic_open(out / f"{i:05d}.npy") as file:
+                np.save(file, codes)
+            write_json(index, out / f"{i:05d}.json")  # last: a shard with an index is finished
+            skipped |= index["skipped"]
+            n_frames += len(codes)
+            bar.set_postfix_str(f"{n_frames / max(bar.format_dict['elapsed'], 1e-9):.0f} frames/s")
+    report_skipped(skipped)
+
+
+def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=64):
+    """Encode a list of Items: codes uint16 (frames, h, w), and the index of the clips in them."""
+    codes, pending, clips, skipped, n_frames = [], [], [], {}, 0
+
+    def encode_pending():
+        if pending:
+            codes.append(tokenizer.encode(np.stack(pending)).cpu().numpy().astype(np.uint16))
+            pending.clear()
+
+    for item in items:
+        first = n_frames
+        places = np.random.default_rng(zlib.crc32(item.name.encode())).random((crops, 2)) if crops > 1 else [(0.5, 0.5)]
+        try:
+            labels, frames = item.read()
+            for frame in frames:
+                pending += [crop(frame, resolution, place) for place in places]
+                n_frames += crops
+                if len(pending) >= batch_size:
+                    encode_pending()
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            skipped[item.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            if n_frames > first:
+                clips.append((item.name, labels, first, n_frames))
+            else:
+                skipped[item.name] = "no frames"
+        bar.update()
+    encode_pending()
+    grid = resolution // dvae.PIXELS_PER_CODE
+    codes = np.concatenate([np.zeros((0, grid, grid), np.uint16), *codes])
+    # Frame by frame, crop by crop, as they were encoded -> clip by clip; frames of skipped items fall out.
+    order = [np.arange(first, last).reshape(-1, crops).T.ravel() for _, _, first, last in clips]
+    tasks = sorted({task for _, labels, _, _ in clips for task in labels})
+    index = {
+        "items": checksum(items),
+        "names": [name for name, *_ in clips for _ in range(crops)],
+        "lengths": [(last - first) // crops for *_, first, last in clips for _ in range(crops)],
+        "labels": {task: [labels.get(task) for _, labels, _, _ in clips for _ in range(crops)] for task in tasks},
+        "skipped": skipped,
+    }
+    return codes[np.concatenate([np.zeros(0, int), *order])], index
+
+
+def checksum(items):
+    return zlib.crc32("\n".join(item.name for item in items).encode())
+
+
+def is_finished(out, i, items):
+    path = out / f"{i:05d}.json"
+    return path.exists() and json.loads(path.read_text())["items"] == checksum(items)
+
+
+def write_json(value, path):
+    with dvae.atomic_open(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+# --------------------------------------------------------------------------------------------- tokens -> sequences
+class Tokens:
+    """A token folder, opened for reading. Clip i has `length[i]` frames, the name `names[i]` and labels[task][i]."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            shards = [json.loads((self.folder / f"{i:05d}.json").read_text()) for i in range(self.meta["shards"])]
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: not a finished token folder ({Path(error.filename).name} is missing)") from None
+        self.names = [name for shard in shards for name in shard["names"]]
+        tasks = sorted({task for shard in shards for task in shard["labels"]})
+        self.labels = {task: [l for s in shards for l in s["labels"].get(task, len(s["names"]) * [None])] for task in tasks}
+        lengths = [np.array(shard["lengths"], dtype=np.int64) for shard in shards]
+        self.length = np.concatenate(lengths)
+        self.start = np.concatenate([np.cumsum(l) - l for l in lengths])  # of the clip, in frames from its shard's first
+        self.shard = np.repeat(np.arange(len(shards)), [len(l) for l in lengths])
+        if not len(self.length):
+            raise ValueError(f"{folder}: holds no clips; could none of the media files be read?")
+
+    def __len__(self):
+        return len(self.length)
+
+    def codes(self, clip, first=0, n_frames=None):
+        """Frames first … first + n_frames - 1 of a clip, uint16 (F, h, w); past its end the last frame repeats."""
+        n_frames = self.length[clip] if n_frames is None else n_frames
+        # Opened for this read only: a map that stays open keeps in memory all that was ever read through it.
+        shard = np.load(self.folder / f"{self.shard[clip]:05d}.npy", mmap_mode="r")
+        frames = np.minimum(np.arange(first, first + n_frames), self.length[clip] - 1)
+        return shard[self.start[clip] + frames]
+
+    def is_held_out(self, share):
+        """Which clips are for validation: about `share` of them, by a hash of the name, and at least one of several."""
+        place = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in self.names])
+        held_out = place < share
+        if not held_out.any() and share > 0 and len(set(self.names)) > 1:
+            held_out = place == place.min()
+        return held_out
+
+
+def to_sequence(codes, is_video):
+    """Codes (F, h, w) -> ids int64 (F·h·w + 2,): [1] for a video or [3] for images, raster scan, [2] (§3.4)."""
+    start = VIDEO_START if is_video else IMAGE_START
+    return np.concatenate(([start], codes.astype(np.int64).ravel() + FIRST_CODE, [END]))
+
+
+class Source:
+    """The sequences of one token folder: of its training clips, or of the held-out ones.
+
+    A video of n frames gives n // F windows (at least one), so that a pass shows every frame about once; F images at a
+    time make a sequence. Short videos end by repeating their last frame.
+    """
+
+    def __init__(self, tokens, n_frames, held_out=False, share=0.05):
+        self.tokens, self.n_frames = tokens, n_frames
+        clips = np.flatnonzero(tokens.is_held_out(share) == held_out)
+        self.images, self.videos = clips[tokens.length[clips] == 1], clips[tokens.length[clips] > 1]
+        self.windows = np.cumsum(np.maximum(tokens.length[self.videos] // n_frames, 1))  # up to and with each video
+        self.n_videos = int(self.windows[-1]) if len(self.windows) else 0
+        self.n_images = max(len(self.images) // n_frames, min(len(self.images), 1))
+
+    def __len__(self):
+        return self.n_videos + self.n_images
+
+    def sequence(self, k, images, rng=None):
+        """Sequence k of a pass, ids (F·h·w + 2,). `images` is the pass's order of images; rng moves windows about."""
+        if k >= self.n_videos:
+            k = (k - self.n_videos) * self.n_frames
+            picked = np.resize(images, k + self.n_frames)[k:]  # fewer than F images start over
+            return to_sequence(np.concatenate([self.tokens.codes(i) for i in picked]), is_video=False)
+        video = np.searchsorted(self.windows, k, side="right")
+        clip = self.videos[video]
+        first = (k - (self.windows[video - 1] if video else 0)) * self.n_frames
+        if rng is not None:
+            first += rng.integers(-self.n_frames // 2, self.n_frames // 2 + 1)
+        first = np.clip(first, 0, max(self.tokens.length[clip] - self.n_frames, 0))
+        return to_sequence(self.tokens.codes(clip, first, self.n_frames), is_video=True)
+
+
+class Mixture:
+    """Training sequences from several sources, mixed by weight (§3.3), as a pure function of the seed and the index.
+
+    There is no state to save: a run that resumes, or that changes its number of processes, sees at every step what an
+    undisturbed run would have seen.
+    """
+
+    def __init__(self, sources, weights, seed=0):
+        self.sources, self.seed = sources, seed
+        shares = [Fraction(weight).limit_denominator(10_000) for weight in weights]
+        shares = [share / sum(shares) for share in shares]
+        period = min(math.lcm(*(share.denominator for share in shares)), 10_000)
+        # In each slot of the period, the source that is furthest behind: no window of any length is off by more than
+        # about one sequence per source.
+        given = np.zeros(len(sources), dtype=np.int64)
+        self.schedule, self.given = [], []
+        for slot in range(period):
+            self.given.append(given.copy())
+            behind = [float(share * (slot + 1)) - n for share, n in zip(shares, given)]
+            self.schedule.append(int(np.argmax(behind)))
+            given[self.schedule[-1]] += 1
+        self.per_period = given
+        self.order = lru_cache(maxsize=2 * len(sources))(self._order)
+
+    def _order(self, s, epoch):
+        """The shuffled sequences and images of pass `epoch` over source s."""
+        rng = np.random.default_rng([self.seed, s, epoch])
+        return rng.permutation(len(self.sources[s])), rng.permutation(self.sources[s].images)
+
+    def sequence(self, index):
+        """Sequence number `index` of training -> (ids, which source it is from)."""
+        period, slot = divmod(index, len(self.schedule))
+        s = self.schedule[slot]
+        draw = int(period * self.per_period[s] + self.given[slot][s])  # sequences drawn from s before this one
+        epoch, k = divmod(draw, len(self.sources[s]))
+        order, images = self.order(s, epoch)
+        rng = np.random.default_rng([self.seed, s, epoch, k])
+        return self.sources[s].sequence(order[k], images, rng), s
+
+
+def is_token_folder(path):
+    return (Path(path) / "meta.json").exists()
+
+
+def shards_of(path, resolution, stride, n_frames):
+    """What there is to tokenize below a path; the name `world` stands for the built-in one."""
+    if str(path) == WORLD and not Path(path).exists():
+        return world_shards(range(WORLD_CLIPS), resolution, n_frames)
+    return media_shards(path, resolution, stride)
+
+
+def tokenize_cached(path, cache, tokenizer, resolution, stride, n_frames, rank=0, world_size=1):
+    """Tokenize media into a folder of `cache` that is named after everything its codes depend on; return that folder."""
+    settings = f"{Path(path).resolve()} {tokenizer.fingerprint()} {tokenizer.compute_dtype} {resolution} {stride} {n_frames}"
+    folder = Path(cache) / f"{Path(path).name}-{zlib.crc32(settings.encode()):08x}"
+    shards = shards_of(path, resolution, stride, n_frames)
+    tokenize(shards, folder, tokenizer, resolution, stride, source=path, rank=rank, world_size=world_size)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+def label_frame(frame, text, given, scale):
+    """Enlarge a frame, with a line of text above it and a green border where it was given to the model."""
+    side = scale * frame.shape[0]
+    canvas = Image.new("RGB", (side + 4, side + 18), "white")
+    ImageDraw.Draw(canvas).text((3, 2), text, fill="black")
+    if given:
+        canvas.paste((0, 170, 0), (0, 14, side + 4, side + 18))
+    canvas.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST), (2, 16))
+    return np.asarray(canvas)
+
+
+def lay_out(rows, n_prompt, t):
+    """Frame t of each (label, frames) in each row, side by side."""
+    scale = max(128 // rows[0][0][1].shape[1], 1)
+    picture = [
+        np.concatenate([label_frame(frames[t], f"{label} {t}", t < n_prompt, scale) for label, frames in row], axis=1)
+        for row in rows
+    ]
+    return np.concatenate(picture, axis=0)
+
+
+def write_gif(path, rows, n_prompt, fps=6):
+    """An animated GIF of rows of (label, uint8 frames (F, R, R, 3)); the first n_prompt frames are marked as given."""
+    pictures = [lay_out(rows, n_prompt, t) for t in range(len(rows[0][0][1]))]
+    with dvae.atomic_open(path) as file:
+        iio.imwrite(file, np.stack(pictures), extension=".gif", duration=1000 / fps, loop=0)
+
+
+def write_strip(path, rows, n_prompt):
+    """A PNG of the same with time from left to right, one line for each (label, frames)."""
+    flat = [pair for row in rows for pair in row]
+    columns = [lay_out([[pair] for pair in flat], n_prompt, t) for t in range(len(flat[0][1]))]
+    with dvae.atomic_open(path) as file:
+        Image.fromarray(np.concatenate(columns, axis=1)).save(file, format="PNG")
+
+
+# --------------------------------------------------------------------------------------------- shared by the programs
+def run(main):
+    """Run a program. What the user can mend ends in one line and status 2; python -X dev shows the traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name=None):
+    """The device asked for, else the best there is; under torchrun every process has a GPU of its own."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def fast_dtype(device):
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere (a CPU without the instructions is slower)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.float32
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Turn images and videos into a folder of tokens. Run again, it goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("media", nargs="+", help="files, or folders, of images and videos")
+    add("--out", required=True, type=Path, help="the token folder to write")
+    add("--tokenizer", default="out/dvae.pt", help="a tokenizer trained by dvae.py")
+    add("--resolution", type=int, default=128, help="R of §3.4: side of the crops in pixels")
+    add("--stride", type=int, default=4, help="keep every n-th frame of a video")
+    add("--crops", type=int, default=1, help="1: the centre of each frame; more: as many random crops of each item")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    tokenizer = dvae.load(args.tokenizer, device, fast_dtype(device))
+    shards = [shard for path in args.media for shard in media_shards(path, args.resolution, args.stride)]
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    tokenize(
+        shards, args.out, tokenizer, args.resolution, args.stride, args.crops, " ".join(args.media), rank, world_size
+    )
+    print(f"{args.out}: {len(shards)} shards")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,314 @@
+"""Toto's transformer: the LLaMA-style causal model of §3.1 and §3.2, in one file.
+
+    Eq. 1-2   Toto.forward: next-token log-likelihood of a flat sequence of visual tokens
+    Eq. 3-4   Block.forward: pre-norm attention, then pre-norm SwiGLU MLP
+    Table 1, Table 15   SIZES
+    §3.5      Toto.features: H_l, the residual stream after layer l
+    A.8       Toto.generate: one token at a time, with a KV cache
+
+Not run by itself; `train.py`, `probe.py` and `sample.py` import it. Files: `load` reads a checkpoint of `train.py`.
+Shape letters: B batch, T tokens, D width, H heads, L layers, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Token ids (§3.4 fixes 1, 2 and 3). Not in the paper: 0 stays free, and code k of the tokenizer is id 4 + k.
+PADDING, VIDEO_START, END, IMAGE_START, FIRST_CODE = 0, 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Config:
+    dim: int  # D
+    n_heads: int  # H
+    n_layers: int  # L
+    hidden: int  # width inside the MLP
+    vocab_size: int = FIRST_CODE + 8192  # V: the dVAE's 8,192 codes and the four ids above
+    rope_base: float = 10_000.0  # 50,000 when fine-tuning at 32x32 tokens (Table 4, §4.2)
+
+
+# Table 1 (base, large, 1b) and Table 15 (a1 to a6). Not in the paper: the MLP's hidden width. No single ratio gives the
+# printed parameter counts of Table 1, so base and large use 4 D and 1b uses LLaMA's 8/3 D rounded up to 256, which
+# rounds to all three. Table 15's counts fit no standard block; with 4 D these models come out 11 to 13 % below them.
+# `tiny` is ours: what two CPU cores can train in minutes. Its head width of 64 is what CPU attention kernels like.
+SIZES = {
+    "tiny": Config(dim=128, n_heads=2, n_layers=6, hidden=384),
+    "base": Config(dim=768, n_heads=12, n_layers=12, hidden=3072),
+    "large": Config(dim=1024, n_heads=16, n_layers=16, hidden=4096),
+    "1b": Config(dim=2048, n_heads=16, n_layers=22, hidden=5632),
+    "a1": Config(dim=256, n_heads=16, n_layers=12, hidden=1024),
+    "a2": Config(dim=512, n_heads=16, n_layers=16, hidden=2048),
+    "a3": Config(dim=768, n_heads=16, n_layers=20, hidden=3072),
+    "a4": Config(dim=1024, n_heads=16, n_layers=24, hidden=4096),
+    "a5": Config(dim=1536, n_heads=16, n_layers=28, hidden=6144),
+    "a6": Config(dim=1792, n_heads=16, n_layers=32, hidden=7168),
+}
+
+
+class Linear(nn.Linear):
+    """A bias-free matrix that is stored in float32 and multiplies in the dtype of its input.
+
+    This is what autocast does, without its bookkeeping per operation: the optimizer sees float32 master weights, the
+    matrix units see bfloat16.
+    """
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-5) · weight, over the last axis (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-5)
+
+
+def rope_table(positions, head_dim, base):
+    """Cosines and sines of RoPE's angles p · base^(-2i / head_dim), for i = 0 … head_dim/2 - 1: two (T, head_dim/2).
+
+    Not in the paper: the position p is the index in the flat sequence, so a frame's second row lies w positions after
+    its first; there is no two- or three-dimensional position.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    angles = positions.float()[:, None] * frequencies  # (T, head_dim/2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + head_dim/2}) of x (…, T, head_dim) by the angles of their position.
+
+    Pairing the two halves, not neighbours, is the convention of Hugging Face's Llama.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(q, k, v, causal):
+    """softmax(q kᵀ / √(D/H)) v for q, k, v (B, H, T, D/H); causal hides later keys from each query."""
+    B, _, T, _ = q.shape
+    if not (causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T > 256):
+        # No mask tensor, only the flag: with a mask the fused kernels are not taken.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    # On a CPU the fused kernel leaves the bfloat16 matrix units mostly idle. Plain products of some 256 queries at a
+    # time with the keys up to them are 1.8 times as fast, forward and backward, at 1,024 tokens.
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B·H, T, D/H)
+    hidden = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    blocks, end = [], 0
+    for queries in q.tensor_split(math.ceil(T / 256), dim=1):
+        start, end = end, end + queries.shape[1]
+        scores = torch.baddbmm(hidden[start:end, :end], queries, k[:, :end].mT, alpha=q.shape[-1] ** -0.5)
+        blocks.append(scores.softmax(dim=-1) @ v[:, :end])
+    return torch.cat(blocks, dim=1).unflatten(0, (B, -1))
+
+
+class Attention(nn.Module):
+    """MHSA of Eq. 3: multi-head self-attention with RoPE on queries and keys, no biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = Linear(config.dim, 3 * config.dim)  # one product for the three projections
+        self.out = Linear(config.dim, config.dim)
+
+    def forward(self, x, rope, causal=True, cache=None):
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
+        (q, k), v = apply_rope(qkv[:2], *rope), qkv[2]
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, T so far, D/H)
+            causal = T == k.shape[2]  # the prompt; a single new token may look at everything before it
+        x = attend(q, k, v, causal)
+        return self.out(x.transpose(1, 2).reshape(B, T, D))  # (B, H, T, D/H) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): out(SiLU(gate(x)) · up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = Linear(config.dim, 2 * config.hidden)  # one product for both
+        self.out = Linear(config.hidden, config.dim)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(config.dim), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config.dim), MLP(config)
+
+    def forward(self, x, rope, causal=True, cache=None):
+        # Eq. 3: Ĥ_{l+1} = H_l + MHSA(RMS-norm(H_l))
+        x = x + self.attention(self.attention_norm(x), rope, causal, cache)
+        # Eq. 4: H_{l+1} = Ĥ_{l+1} + MLP(RMS-norm(Ĥ_{l+1}))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Toto(nn.Module):
+    """The causal transformer of §3.2 over visual token ids.
+
+    `compute_dtype` is the dtype of activations and matrix products; parameters stay in float32.
+    """
+
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        # 128 divides the number of rows (8,196 becomes 8,320), which matrix units like; no loss or sample sees the rest.
+        # Not in the paper: input and output embeddings are tied, as the parameter counts of Table 1 ask for.
+        self.embedding = nn.Embedding(math.ceil(config.vocab_size / 128) * 128, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim)
+        self.init_weights()
+
+    def init_weights(self):
+        """Not in the paper: N(0, 0.02), and the projections that write into the residual stream smaller by √(2L)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                is_residual = name.endswith("out.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if is_residual else 0.02)
+
+    def count_parameters(self):
+        """Parameters that do something: the embedding's padding rows are left out."""
+        padding_rows = self.embedding.num_embeddings - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding_rows * self.config.dim
+
+    def flops_per_token(self, n_tokens):
+        """Training FLOPs per token of sequences of n_tokens: 6 N + 12 L D T, N without the input embedding.
+
+        The tied matrix counts once, as the output layer. Attention is counted in full, as is the custom, although the
+        causal kernel skips half of it.
+        """
+        return 6 * self.count_parameters() + 12 * self.config.n_layers * self.config.dim * n_tokens
+
+    def residual_stream(self, ids, causal=True, caches=None):
+        """Yield H_0, H_1, … H_L, each (B, T, D): the embedding, then the residual stream after every block."""
+        start = caches[0].length if caches else 0
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        cos, sin = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_base)
+        rope = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
+        x = F.embedding(ids, self.embedding.weight).to(self.compute_dtype)  # (B, T) -> (B, T, D)
+        yield x
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, causal, caches[i] if caches else None)
+            yield x
+
+    def logits(self, x):
+        """H_L (B, T, D) -> float32 logits (B, T, V). The float32 copy leaves out the embedding's padding rows."""
+        return F.linear(self.norm(x), self.embedding.weight.to(x.dtype))[..., : self.config.vocab_size].float()
+
+    def forward(self, ids, targets=None, reduction="mean"):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T), the negative log-likelihood in nats per token.
+
+        Eq. 1: log p(x) = Σ_i log p(x_i | x_{i-1} … x_1), one term a position, all in one causal pass.
+        Eq. 2: L = E[-log p(x)]. Not in the paper: averaged per token, so that it can be read at any length.
+        """
+        for x in self.residual_stream(ids):
+            pass
+        logits = self.logits(x)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+    def features(self, ids, layers, causal=True):
+        """{l: H_l (B, T, D)} for the asked layers, 0 … L (§3.2, §3.5); nothing beyond the deepest is computed."""
+        wanted = {}
+        for l, x in enumerate(self.residual_stream(ids, causal)):
+            if l in layers:
+                wanted[l] = x
+            if l == max(layers):
+                return wanted
+        raise ValueError(f"layer {max(layers)} does not exist: this model has layers 0 to {self.config.n_layers}")
+
+    @torch.no_grad()
+    def generate(self, ids, n_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, progress=None):
+        """Continue ids (B, T) by n_tokens codes (A.8) -> (B, T + n_tokens).
+
+        Only codes are drawn, never a start, end or padding id. temperature 0 takes the most probable code, top_k > 0
+        keeps the k most probable, top_p < 1 the fewest that together have that probability. `progress`, if given, is
+        called after each token.
+        """
+        B, T = ids.shape
+        out = torch.cat((ids, ids.new_zeros(B, n_tokens)), dim=1)
+        caches = [KVCache(self, B, T + n_tokens) for _ in self.blocks]
+        for i in range(T, T + n_tokens):
+            new = ids if i == T else out[:, i - 1 : i]  # the prompt in one pass, then one token at a time
+            for x in self.residual_stream(new, caches=caches):
+                pass
+            code_logits = self.logits(x[:, -1])[:, FIRST_CODE:]  # (B, V - 4)
+            out[:, i] = FIRST_CODE + sample_from(code_logits, temperature, top_k, top_p, generator)
+            if progress:
+                progress()
+        return out
+
+
+class KVCache:
+    """Keys and values of one layer: buffers of a fixed size (B, H, n_tokens, D/H), filled from the left."""
+
+    def __init__(self, model, batch_size, n_tokens):
+        H = model.config.n_heads
+        shape = batch_size, H, n_tokens, model.config.dim // H
+        self.k = torch.empty(shape, dtype=model.compute_dtype, device=model.embedding.weight.device)
+        self.v, self.length = torch.empty_like(self.k), 0
+
+    def append(self, k, v):
+        """Store k and v of the next T positions, each (B, H, T, D/H); return those of all positions so far."""
+        new = slice(self.length, self.length + k.shape[2])
+        self.k[:, :, new], self.v[:, :, new] = k, v
+        self.length = new.stop
+        return self.k[:, :, : new.stop], self.v[:, :, : new.stop]
+
+
+def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one index from each row of logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # probability of everything more likely
+        outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(outside, -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dictionary that train.py saved: model, optimizer, step, config (of the model), tokenizer (its hash) and more.
+
+    Nothing in the file is executed (weights_only=True). Raises OSError where there is no such file and ValueError, in
+    one line, where it is something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["config"] = Config(**checkpoint["config"])
+        checkpoint["model"], checkpoint["step"], checkpoint["tokenizer"]
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint written by train.py") from error
+    return checkpoint
+
+
+def load(path, device="cpu", compute_dtype=torch.float32):
+    """The model of a checkpoint written by train.py, ready for features and samples."""
+    checkpoint = load_checkpoint(path, device)
+    model = Toto(checkpoint["config"], compute_dtype).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,393 @@
+"""Pre-training: next-token prediction over mixed images and videos (§3.1, §3.2).
+
+    python train.py                                    all of it on the built-in world: minutes on two cores
+    python train.py --data VIDEOS IMAGES=0.2           your own folders of media, or token folders, mixed by weight
+    torchrun --nproc_per_node=8 train.py --size 1b --data tokens/howto100m=0.6 tokens/imagenet=0.2 ...
+
+Reads token folders; a folder of media is tokenized first, with out/dvae.pt, which is trained first if it is missing.
+Writes to --out: toto.pt (everything needed to go on), log.jsonl (one line a step) and samples.gif. Run again with the
+same --out, it goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import dvae
+import toto
+
+# §3.2: AdamW, peak 3e-4, 2,000 warm-up steps, batches of 2^20 tokens; §3.3: 10^12 tokens; §3.4: R = 128.
+PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 1000}
+# Not in the paper: what trains `tiny` on two cores in minutes.
+LAPTOP = {"resolution": 64, "batch_tokens": 2**11, "steps": 1800, "lr": 4e-3, "warmup": 50, "save_every": 600}
+HELD_OUT = 0.05  # share of the clips kept for validation
+
+# Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by what the device's name contains.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71, "T4": 65}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description="Pre-train Toto. Run again with the same --out, it goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token folders or folders of media (default: built-in world)")
+    add("--size", default="tiny", help=f"one of {', '.join(toto.SIZES)}")
+    add("--out", default="out", type=Path, help="folder for the checkpoint, the log and the samples")
+    add("--tokenizer", type=Path, help="a dvae.pt (default: the one in --out, trained first if it is missing)")
+    add("--resolution", type=int, help=f"side of the frames in pixels (default: {about('resolution')})")
+    add("--frames", type=int, default=16, help="frames in a sequence")
+    add("--stride", type=int, default=4, help="keep every n-th frame of a video")
+    add("--steps", type=int, help=f"optimizer steps (default: {about('steps')})")
+    add("--batch-tokens", type=int, help=f"visual tokens in a step, over all processes (default: {about('batch_tokens')})")
+    add("--micro-batch", type=int, default=4, help="sequences in one forward pass of one process")
+    add("--lr", type=float, help=f"peak learning rate (default: {about('lr')})")
+    add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
+    add("--save-every", type=int, help=f"steps between checkpoints (default: {about('save_every')})")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    args = parser.parse_args()
+    if args.size not in toto.SIZES:
+        raise ValueError(f"--size {args.size}: there is no such size; choose from {', '.join(toto.SIZES)}")
+    for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def about(name):
+    return f"{PAPER[name]:,}, or {LAPTOP[name]:,} for tiny"
+
+
+def main():
+    args = parse_arguments()
+    # torchrun starts one process per GPU (or CPU) and tells each in the environment which one it is.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = data.pick_device(args.device)
+    compute_dtype = data.fast_dtype(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    is_main = rank == 0
+    say = print if is_main else lambda *words: None
+
+    specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
+    tokenizer = prepare_tokenizer(args, specs, device, compute_dtype, is_main)
+    sources = prepare_sources(args, specs, tokenizer, rank, world_size)
+    mixture = data.Mixture(
+        [data.Source(tokens, args.frames, share=HELD_OUT) for tokens in sources.values()],
+        [weight for _, weight in specs],
+        args.seed,
+    )
+    held_out = {name: data.Source(tokens, args.frames, True, HELD_OUT) for name, tokens in sources.items()}
+    meta = next(iter(sources.values())).meta
+
+    # A step is a fixed number of sequences: split evenly over the processes, then into micro-batches.
+    tokens_per_frame = math.prod(meta["grid"])
+    tokens_per_sequence = args.frames * tokens_per_frame
+    n_sequences = max(round(args.batch_tokens / tokens_per_sequence), 1)
+    if n_sequences % world_size:
+        raise ValueError(f"--batch-tokens makes {n_sequences} sequences, which {world_size} processes cannot share evenly")
+
+    torch.manual_seed(args.seed)
+    config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + meta["vocab_size"])
+    model = toto.Toto(config, compute_dtype).to(device)
+    optimizer = make_optimizer(model, args.lr)
+    checkpoint_path, log_path = args.out / "toto.pt", args.out / "log.jsonl"
+    first_step = resume(checkpoint_path, model, optimizer, meta["tokenizer"], device)
+    flops_per_step = model.flops_per_token(tokens_per_sequence) * n_sequences * tokens_per_sequence
+    peak_flops = world_size * peak_flops_per_second(device, compute_dtype)
+    say(
+        f"{args.size}: {model.count_parameters() / 1e6:.2f} M parameters, {str(compute_dtype)[6:]} on {device.type}; "
+        f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens"
+        + (f"; going on at step {first_step:,}" if first_step else "")
+    )
+    if is_main:
+        trim_log(log_path, first_step)
+
+    # Ctrl-C and SIGTERM ask the loop to save and leave after the step it is in.
+    asked_to_stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked_to_stop.append(True))
+
+    trained = model
+    if world_size > 1:
+        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    progress = tqdm(
+        range(first_step, args.steps), initial=first_step, total=args.steps,
+        desc="training", unit="step", dynamic_ncols=True, disable=not is_main,
+    )  # fmt: skip
+    for step in progress:
+        started = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = learning_rate(step, args)
+        # This process's share of the step's sequences; which they are depends on nothing but the seed and the step.
+        mine = [mixture.sequence(step * n_sequences + i)[0] for i in range(rank, n_sequences, world_size)]
+        micro_batches = torch.as_tensor(np.stack(mine)).split(args.micro_batch)
+        total_loss = torch.zeros(2, device=device)
+        for i, ids in enumerate(micro_batches):
+            # Gradients add up over micro-batches; processes exchange them once, in the backward pass of the last one.
+            # That is decided before the forward pass, where DDP reads the flag.
+            is_last = i == len(micro_batches) - 1
+            with nullcontext() if is_last or world_size == 1 else trained.no_sync():
+                ids = ids.to(device)
+                loss = trained(ids[:, :-1], ids[:, 1:]) * len(ids) / len(mine)  # Eq. 2
+                loss.backward()
+            total_loss[0] += loss.detach()
+        # Not in the paper: gradients clipped at norm 1, as LLaMA does.
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if world_size > 1:  # the mean loss, and whether any process was asked to stop
+            total_loss[1] = len(asked_to_stop)
+            dist.all_reduce(total_loss)
+            asked_to_stop = [True] * int(total_loss[1].item())
+        loss = total_loss[0].item() / world_size
+        seconds = time.perf_counter() - started
+        if is_main:
+            speed, mfu = n_sequences * tokens_per_sequence / seconds, flops_per_step / seconds / peak_flops
+            progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
+            append_log(
+                log_path,
+                {"step": step + 1, "tokens": (step + 1) * n_sequences * tokens_per_sequence, "loss": loss, "lr": lr}
+                | {"grad_norm": grad_norm.item(), "tokens_per_second": speed, "mfu": mfu},
+            )
+        done = step + 1
+        if done % args.save_every == 0 or done == args.steps or asked_to_stop:
+            if is_main:  # first of all: what comes after may fail
+                save(checkpoint_path, model, optimizer, done, meta, args)
+            if asked_to_stop:
+                progress.close()
+                say(f"stopped and saved at step {done:,}; the same command goes on from there")
+                raise KeyboardInterrupt
+            results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
+            if is_main:
+                append_log(log_path, {"step": done, "validation": results})
+                report = ", ".join(f"{name} {result['loss']:.3f}" for name, result in results.items())
+                tqdm.write(f"step {done:,}: validation loss {report}")
+
+    results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
+    if is_main:
+        print_results(results)
+        if tokenizer is not None:
+            write_samples(model, tokenizer, held_out, args)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def parse_spec(spec):
+    """PATH or PATH=WEIGHT -> (path, weight). Not in the paper: sources without a weight get 1."""
+    path, _, weight = spec.rpartition("=")
+    try:
+        return (path, float(weight)) if path else (spec, 1.0)
+    except ValueError:
+        return spec, 1.0  # a path with "=" in it
+
+
+def prepare_tokenizer(args, specs, device, compute_dtype, is_main):
+    """The tokenizer, trained first on the same data where there is none; None where token folders need no encoding."""
+    path = args.tokenizer or args.out / "dvae.pt"
+    if not path.exists() and args.tokenizer is None:
+        to_encode = [spec for spec in specs if not data.is_token_folder(spec[0])]
+        if not to_encode:
+            return None
+        if is_main:
+            print(f"no tokenizer at {path}: training one on the same data")
+            dvae.train_on([spec[0] for spec in to_encode], path, args.resolution, args.seed, device, compute_dtype)
+        if dist.is_initialized():
+            dist.barrier()
+    return dvae.load(path, device, compute_dtype)
+
+
+def prepare_sources(args, specs, tokenizer, rank, world_size):
+    """{name: Tokens} for all --data; media is tokenized first, all processes sharing the work."""
+    sources = {}
+    for path, _ in specs:
+        folder = Path(path)
+        if not data.is_token_folder(path):
+            folder = data.tokenize_cached(
+                path, args.out / "tokens", tokenizer, args.resolution, args.stride, args.frames, rank, world_size
+            )
+            if world_size > 1:
+                dist.barrier()
+        tokens = data.Tokens(folder)
+        first = next(iter(sources.values()), tokens)
+        for key in ("tokenizer", "grid"):
+            if tokens.meta[key] != first.meta[key]:
+                raise ValueError(f"{path}: its {key} is {tokens.meta[key]}, but that of {first.folder} is {first.meta[key]}")
+        if tokenizer is not None and tokens.meta["tokenizer"] != tokenizer.fingerprint():
+            raise ValueError(f"{path}: was made by another tokenizer; give the right one with --tokenizer")
+        sources[path if path not in sources else f"{path} ({len(sources)})"] = tokens
+    return sources
+
+
+def make_optimizer(model, lr):
+    """§3.2: AdamW with β = (0.9, 0.95). Not in the paper, from LLaMA: weight decay 0.1, on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, args):
+    """§3.2: linear warm-up, then a cosine. Not in the paper, from LLaMA: the cosine ends at a tenth of the peak."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(args.steps - args.warmup, 1)
+    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1))) / 2)
+
+
+def peak_flops_per_second(device, dtype):
+    """The device's matrix rate, against which MFU is counted: from the table, else from a matrix product here and now."""
+    if device.type == "cuda":
+        for name, tflops in PEAK_TFLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return tflops * 1e12
+    n = 1024 if device.type == "cpu" else 4096
+    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
+
+
+def save(path, model, optimizer, step, meta, args):
+    """One file with everything that going on needs; the sampler has no state but the seed and the step."""
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "config": asdict(model.config),
+        "tokenizer": meta["tokenizer"],
+        "resolution": meta["resolution"],
+        "stride": meta["stride"],
+        "frames": args.frames,
+        "seed": args.seed,
+    }
+    with dvae.atomic_open(path) as file:
+        torch.save(checkpoint, file)
+
+
+def resume(path, model, optimizer, tokenizer_hash, device):
+    """Load model and optimizer from the checkpoint, if there is one; return the step to go on at."""
+    if not path.exists():
+        return 0
+    checkpoint = toto.load_checkpoint(path, device)
+    for what, there, here in (
+        ("config", checkpoint["config"], model.config),
+        ("tokenizer", checkpoint["tokenizer"], tokenizer_hash),
+    ):
+        if there != here:
+            raise ValueError(f"{path}: has {what} {there}, this run {here}; choose another --out")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+def append_log(path, entry):
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def trim_log(path, step):
+    """Drop the lines of steps that were taken after the last checkpoint, and will be taken again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with dvae.atomic_open(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
+
+
+@torch.no_grad()
+def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=64):
+    """For each source, over up to `limit` held-out sequences:
+
+    loss, in nats per visual token; loss_by_frame (A.1, Fig. 10); the accuracy of the most probable next token on all
+    frames but the first, beside that of repeating the code at the same place of the frame before; and the entropy of
+    the codes' unigram distribution, which is the loss of a model that knows nothing but how frequent each code is.
+    """
+    results = {}
+    for name, source in held_out.items():
+        h, w = source.tokens.meta["grid"]
+        frames, n = source.n_frames, min(len(source), limit)
+        if n == 0:
+            continue
+        sums = torch.zeros(frames, 3, device=device)  # of loss, correct and repeated, by frame
+        counts = torch.zeros(model.config.vocab_size, device=device)
+        order = np.linspace(0, len(source) - 1, n).round().astype(int)
+        mine = [source.sequence(k, source.images) for k in order[rank::world_size]]
+        for ids in torch.as_tensor(np.stack(mine)).split(micro_batch) if mine else ():
+            ids = ids.to(device)
+            logits, targets = model(ids[:, :-1])[:, :-1], ids[:, 1:-1]  # every code is a target; the end token is not
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            correct = logits.argmax(dim=-1) == targets
+            repeated = torch.zeros_like(correct)
+            repeated[:, h * w :] = targets[:, h * w :] == targets[:, : -h * w]
+            by_frame = torch.stack((loss, correct.float(), repeated.float()), dim=-1)  # (B, T, 3)
+            sums += by_frame.view(len(ids), frames, h * w, 3).sum(dim=(0, 2))
+            counts += torch.bincount(targets.flatten(), minlength=len(counts))
+        if world_size > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        mean = sums / (n * h * w)
+        results[name] = {
+            "loss": mean[:, 0].mean().item(),
+            "loss_by_frame": [round(x, 4) for x in mean[:, 0].tolist()],
+            "accuracy": mean[1:, 1].mean().item(),
+            "repeat_accuracy": mean[1:, 2].mean().item(),
+            "unigram_entropy": torch.special.entr(counts / counts.sum()).sum().item(),
+        }
+    return results
+
+
+def print_results(results):
+    for name, r in results.items():
+        first, *later = r["loss_by_frame"]
+        print(
+            f"validation on {name}: loss {r['loss']:.3f} nats per token; the codes' unigram entropy is "
+            f"{r['unigram_entropy']:.3f}\n"
+            f"  first frame {first:.3f}, later frames {np.mean(later):.3f} (A.1)\n"
+            f"  next-token accuracy after the first frame {r['accuracy']:.3f}; repeating the previous frame gives "
+            f"{r['repeat_accuracy']:.3f}"
+        )
+
+
+def write_samples(model, tokenizer, held_out, args, n_samples=4):
+    """A GIF of held-out videos (as the tokenizer keeps them) beside what the model makes of their first quarter."""
+    source = max(held_out.values(), key=lambda source: source.n_videos)
+    if not len(source):
+        return
+    h, w = source.tokens.meta["grid"]
+    n_prompt = max(args.frames // 4, 1)
+    device = model.embedding.weight.device
+    order = range(min(n_samples, len(source)))
+    ids = torch.as_tensor(np.stack([source.sequence(k, source.images) for k in order])).to(device)
+    n_new = (args.frames - n_prompt) * h * w
+    with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        made = model.generate(ids[:, : 1 + n_prompt * h * w], n_new, 0.8, top_p=0.9, generator=generator, progress=bar.update)
+    rows = []
+    for truth, sample in zip(ids[:, 1:-1], made[:, 1:]):
+        codes = torch.stack((truth, sample)).view(2 * args.frames, h, w) - toto.FIRST_CODE
+        frames = tokenizer.decode(codes).cpu().numpy()
+        rows.append([("truth", frames[: args.frames]), ("model", frames[args.frames :])])
+    data.write_gif(args.out / "samples.gif", rows, n_prompt)
+    print(f"wrote {args.out / 'samples.gif'}: {n_prompt} given frames, then the truth beside the model's continuation")
+
+
+if __name__ == "__main__":
+    data.run(main)
