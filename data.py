@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from tqdm import tqdm
 
 import dvae
+import toto
 from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 
 
@@ -55,49 +56,48 @@ class WorldClip:
 def world_clip(index, n_frames=16, resolution=64, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    A large object of some shape moves in some way over a textured ground; a small one of any shape moves in a straight
-    line, bounces off the borders, and passes before or behind it. What it is shows in a single frame, though not in a
-    single pixel; how it moves shows only over several.
+    A large object of some shape moves in some way over a textured ground; a small one moves in a straight line, bounces
+    off the borders, and passes before or behind it. What the large one is shows in a single frame, though not in a
+    single pixel; how it moves shows only over several. Everything keeps to a lattice of 1/16 of the side, half a code
+    at the default resolution: otherwise a tokenizer and a model of minutes could not tell where things are.
     """
     rng = np.random.default_rng([seed, index])
     R, t = resolution, np.arange(n_frames)
-    labels = {"shape": SHAPES[rng.integers(len(SHAPES))], "motion": MOTIONS[rng.integers(len(MOTIONS))]}
-    ground, large_colour, small_colour = GROUNDS[rng.integers(len(GROUNDS))], *rng.permutation(COLOURS)[:2]
-    texture = rng.integers(-12, 13, (6, 6, 1)) + np.array(ground)
-    texture = Image.fromarray(texture.clip(0, 255).astype(np.uint8)).resize((R, R), Image.Resampling.BICUBIC)
+    shape, motion = SHAPES[rng.integers(len(SHAPES))], MOTIONS[rng.integers(len(MOTIONS))]
+    large_colour, small_colour = rng.permutation(COLOURS)[:2]
+    texture = (rng.integers(-12, 13, (6, 6, 1)) + GROUNDS[rng.integers(len(GROUNDS))]).astype(np.uint8)
+    texture = Image.fromarray(texture).resize((R, R), Image.Resampling.BICUBIC)
     frames = np.repeat(np.asarray(texture, dtype=np.float32)[None], n_frames, axis=0)  # (F, R, R, 3)
 
-    # The large object's centre (x, y) and radius over time; lengths are shares of the frame's side.
-    motion, size, speed = labels["motion"], rng.uniform(0.20, 0.24), rng.uniform(0.05, 0.08)
-    low, high = size, 1 - size
-    x, y = rng.uniform(low, high, (2, 1)) + np.zeros(n_frames)
-    radius = np.full(n_frames, size)
-    way_x, way_y = rng.choice((-speed, speed), 2)
+    # The large object's centre and radius over time, in lattice units: the frame is 16 x 16.
+    radius = np.full(n_frames, 3.0)
+    x, y = rng.integers(3, 14, (2, 1)) + 0 * t
+    way_x, way_y = rng.choice((-1, 1), 2)
     if motion in ("horizontal", "diagonal"):
-        x = bounce(x + way_x * t, low, high)
+        x = bounce(x + way_x * t, 3, 13)
     if motion in ("vertical", "diagonal"):
-        y = bounce(y + way_y * t, low, high)
-    if motion in ("clockwise", "counter-clockwise"):
-        orbit = rng.uniform(0.18, 0.24)
-        turn = rng.uniform(0, 2 * np.pi) + (1 if motion == "clockwise" else -1) * speed / orbit * t
-        centre_x, centre_y = rng.uniform(size + orbit, 1 - size - orbit + 1e-9, 2)
-        x, y = centre_x + orbit * np.cos(turn), centre_y + orbit * np.sin(turn)  # y points down: clockwise
+        y = bounce(y + way_y * t, 3, 13)
+    if motion in ("clockwise", "counter-clockwise"):  # around a square; y points down
+        half = rng.integers(2, 4)
+        along = 2 * half + (rng.integers(8 * half) + (t if motion == "clockwise" else -t)) % (8 * half)
+        centre_x, centre_y = rng.integers(3 + half, 14 - half, 2)
+        edge = lambda s: np.clip(abs(s % (8 * half) - 4 * half) - 2 * half, -half, half)
+        x, y = centre_x - edge(along), centre_y - edge(along + 6 * half)
     if motion == "pulsing":
-        radius = size * (1 + 0.4 * np.sin(rng.uniform(0, 2 * np.pi) + 10 * speed * t))
+        radius = 2 + bounce(rng.integers(8) + t, 0, 4) / 2
+    small_x, small_y = (bounce(rng.integers(2, 15) + rng.integers(-1, 2) * t, 2, 14) for _ in range(2))
 
-    small = rng.uniform(0.10, 0.12)
-    small_x, small_y = (bounce(rng.uniform(0, 1) + rng.uniform(-0.08, 0.08) * t, small, 1 - small) for _ in range(2))
-    objects = [
-        (labels["shape"], x, y, radius, large_colour),
-        (SHAPES[rng.integers(len(SHAPES))], small_x, small_y, np.full(n_frames, small), small_colour),
-    ]
     masks = np.zeros((n_frames, R, R), dtype=bool)
-    for i in rng.permutation(2):  # the last one drawn is in front
-        shape, *outline, colour = objects[i]
-        cover = shape_cover(shape, R, *outline)  # (F, R, R)
+    for is_large in rng.permutation((True, False)):  # the one drawn last is in front
+        if is_large:
+            cover, colour = shape_cover(shape, R, x, y, radius), large_colour
+        else:
+            cover = shape_cover(SHAPES[rng.integers(len(SHAPES))], R, small_x, small_y, np.full(n_frames, 1.5))
+            colour = small_colour
         frames += cover[..., None] * (colour - frames)
-        masks = cover > 0.5 if i == 0 else masks & (cover <= 0.5)
-    return WorldClip(frames.round().astype(np.uint8), labels, masks, R * np.stack((x, y), axis=1))
+        masks = cover > 0.5 if is_large else masks & (cover <= 0.5)
+    labels, positions = {"shape": shape, "motion": motion}, np.stack((x, y), axis=1) * R / 16
+    return WorldClip(frames.round().astype(np.uint8), labels, masks, positions)
 
 
 def bounce(x, low, high):
@@ -107,21 +107,21 @@ def bounce(x, low, high):
 
 
 def shape_cover(shape, R, x, y, radius):
-    """Share of every pixel that a shape with centres x, y and radii `radius`, each (F,), covers: (F, R, R)."""
+    """Share of every pixel that a shape covers (F, R, R); x, y and radius (F,) in sixteenths of the side R."""
     x, y, radius = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (x, y, radius))
-    pixels = (np.arange(R, dtype=np.float32) + 0.5) / R
-    u, v = (pixels[None, None, :] - x) / radius, (pixels[None, :, None] - y) / radius
-    r, across, along = np.hypot(u, v), abs(u) + 0 * v, abs(v) + 0 * u
+    pixels = (np.arange(R, dtype=np.float32) + 0.5) * 16 / R
+    u, v = np.broadcast_arrays((pixels[None, None, :] - x) / radius, (pixels[None, :, None] - y) / radius)
+    r, across, along = np.hypot(u, v), abs(u), abs(v)
     # Distance to the outline of the shape of radius 1, negative inside.
     distance = {
-        "circle": lambda: r - 0.9,
-        "square": lambda: np.maximum(across, along) - 0.8,
-        "triangle": lambda: np.maximum(0.87 * across - 0.5 * v, v + 0 * u) - 0.55,
-        "cross": lambda: np.maximum(np.minimum(across, along) - 0.3, np.maximum(across, along) - 1),
-        "ring": lambda: abs(r - 0.7) - 0.25,
+        "circle": lambda: r - 0.95,
+        "square": lambda: np.maximum(across, along) - 0.85,
+        "triangle": lambda: np.maximum(0.87 * across - 0.5 * v - 0.4, v - 0.85),
+        "cross": lambda: np.maximum(np.minimum(across, along) - 0.33, np.maximum(across, along) - 1),
+        "ring": lambda: abs(r - 0.72) - 0.25,
         "star": lambda: r - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
     }[shape]()
-    return np.clip(0.5 - distance * radius * R, 0, 1)
+    return np.clip(0.5 - distance * radius * R / 16, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------- media -> frames
@@ -224,7 +224,7 @@ def world_shards(indices, resolution, n_frames=16):
         clip = world_clip(index, n_frames, resolution)
         return clip.labels, clip.frames
 
-    items = [Item(f"world/{index:07d}", lambda index=index: read(index)) for index in indices]
+    items = [Item(f"world-{n_frames}/{index:07d}", lambda index=index: read(index)) for index in indices]
     return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
 
 
@@ -484,12 +484,11 @@ def shards_of(path, resolution, stride, n_frames):
     return media_shards(path, resolution, stride)
 
 
-def tokenize_cached(path, cache, tokenizer, resolution, stride, n_frames, rank=0, world_size=1):
-    """Tokenize media into a folder of `cache` that is named after everything its codes depend on; return that folder."""
-    settings = f"{Path(path).resolve()} {tokenizer.fingerprint()} {tokenizer.compute_dtype} {resolution} {stride} {n_frames}"
-    folder = Path(cache) / f"{Path(path).name}-{zlib.crc32(settings.encode()):08x}"
-    shards = shards_of(path, resolution, stride, n_frames)
-    tokenize(shards, folder, tokenizer, resolution, stride, source=path, rank=rank, world_size=world_size)
+def tokenize_cached(source, shards, cache, tokenizer, resolution, stride, rank=0, world_size=1):
+    """Tokenize into a folder of `cache` that is named after the source and all that its codes depend on; return it."""
+    settings = f"{Path(source).absolute()} {tokenizer.fingerprint()} {tokenizer.compute_dtype} {resolution} {stride}"
+    folder = Path(cache) / f"{Path(source).name}-{zlib.crc32(settings.encode()):08x}"
+    tokenize(shards, folder, tokenizer, resolution, stride, source=source, rank=rank, world_size=world_size)
     return folder
 
 
@@ -557,6 +556,17 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def load_model(checkpoint_path, tokenizer_path, device):
+    """The model of a checkpoint, the tokenizer it was trained with, and the checkpoint's other entries."""
+    dtype = fast_dtype(device)
+    checkpoint = toto.load_checkpoint(checkpoint_path)
+    path = tokenizer_path or Path(checkpoint_path).with_name("dvae.pt")
+    tokenizer = dvae.load(path, device, dtype)
+    if tokenizer.fingerprint() != checkpoint["tokenizer"]:
+        raise ValueError(f"{path} is not the tokenizer that {checkpoint_path} was trained with; give it with --tokenizer")
+    return toto.load(checkpoint_path, device, dtype), tokenizer, checkpoint
 
 
 def fast_dtype(device):

@@ -218,8 +218,9 @@ def prepare_sources(args, specs, tokenizer, rank, world_size):
     for path, _ in specs:
         folder = Path(path)
         if not data.is_token_folder(path):
+            shards = data.shards_of(path, args.resolution, args.stride, args.frames)
             folder = data.tokenize_cached(
-                path, args.out / "tokens", tokenizer, args.resolution, args.stride, args.frames, rank, world_size
+                path, shards, args.out / "tokens", tokenizer, args.resolution, args.stride, rank, world_size
             )
             if world_size > 1:
                 dist.barrier()

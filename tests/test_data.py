@@ -1,0 +1,313 @@
+"""data.py: sequences against hand-built ones, media against what was written, the sampler's promises."""
+
+import json
+from collections import Counter
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import dvae
+import toto
+
+TINY = dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0)
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return dvae.DVAE(TINY).eval()
+
+
+def write_video(path, n_frames, size=(48, 64), fps=30):
+    """A video whose frame t is of one grey, 10 + 5 t."""
+    frames = np.stack([np.full((*size, 3), 10 + 5 * t, np.uint8) for t in range(n_frames)])
+    iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, output_params=["-crf", "0"], macro_block_size=1)
+
+
+def fake_tokens(folder, lengths, grid=(2, 3), names=None):
+    """A token folder whose frame f of clip c is full of the code 100 c + f."""
+    folder.mkdir()
+    meta = {"shards": 1, "grid": list(grid), "tokenizer": "x", "vocab_size": 8192, "source": str(folder)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    codes = [np.full(grid, 100 * c + f, np.uint16) for c, n in enumerate(lengths) for f in range(n)]
+    np.save(folder / "00000.npy", np.stack(codes))
+    names = names or [f"clip{c}" for c in range(len(lengths))]
+    (folder / "00000.json").write_text(json.dumps({"names": names, "lengths": list(lengths), "labels": {}}))
+    return data.Tokens(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- sequences
+def test_sequence_by_hand():
+    """§3.4: raster scan within a frame, frames in order, [1] before a video, [3] before images, [2] at the end."""
+    codes = np.array([[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]], dtype=np.uint16)
+    assert data.to_sequence(codes, is_video=True).tolist() == [1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 2]
+    assert data.to_sequence(codes, is_video=False)[0] == 3
+
+
+def test_a_full_sequence_has_4098_ids():
+    """16 frames of 16 x 16 codes; the largest id is 8195 and the model's vocabulary holds it."""
+    ids = data.to_sequence(np.full((16, 16, 16), 8191, np.uint16), is_video=True)
+    assert len(ids) == 4098 and ids.max() == 8195 == toto.SIZES["base"].vocab_size - 1 and ids.dtype == np.int64
+
+
+def test_source_makes_windows_of_videos_and_groups_of_images(tmp_path):
+    tokens = fake_tokens(tmp_path / "t", [9, 1, 3, 1, 1])
+    source = data.Source(tokens, n_frames=4, share=0.0)
+    assert (source.n_videos, source.n_images, len(source)) == (2 + 1, 1, 4)
+    frames = lambda ids: ((ids[1:-1].reshape(-1, 6)[:, 0]) - toto.FIRST_CODE).tolist()
+    assert frames(source.sequence(0, source.images)) == [0, 1, 2, 3]
+    assert frames(source.sequence(1, source.images)) == [4, 5, 6, 7]
+    assert frames(source.sequence(2, source.images)) == [200, 201, 202, 202]  # too short: the last frame repeats
+    images = source.sequence(3, source.images)
+    assert images[0] == toto.IMAGE_START and frames(images) == [100, 300, 400, 100]
+    # With rng, windows start anywhere, and always inside the clip.
+    starts = {frames(source.sequence(1, source.images, np.random.default_rng(s)))[0] for s in range(50)}
+    assert starts == {2, 3, 4, 5}
+
+
+# ------------------------------------------------------------------------------------------------------------ sampler
+def test_mixture_is_exact_over_any_window(tmp_path):
+    """§3.3's four sources at 20, 10, 10 and 60 %: every window of every length holds its share, give or take one."""
+    weights = [0.2, 0.1, 0.1, 0.6]
+    sources = [data.Source(fake_tokens(tmp_path / str(i), [4] * 5), 4, share=0.0) for i in range(4)]
+    mixture = data.Mixture(sources, weights, seed=3)
+    drawn = np.array([mixture.sequence(i)[1] for i in range(400)])
+    for s, weight in enumerate(weights):
+        count = np.concatenate(([0], np.cumsum(drawn == s)))
+        for length in (1, 2, 3, 7, 10, 33, 100, 256):
+            window = count[length:] - count[:-length]
+            assert abs(window - weight * length).max() <= 1.3, (weight, length)
+        assert (drawn == s).sum() == round(400 * weight)
+
+
+def test_every_clip_once_per_pass_in_a_new_order(tmp_path):
+    tokens = fake_tokens(tmp_path / "t", [4] * 20)
+    mixture = data.Mixture([data.Source(tokens, 4, share=0.0)], [1.0], seed=0)
+    clip = lambda i: int(mixture.sequence(i)[0][1] - toto.FIRST_CODE) // 100
+    passes = [[clip(20 * p + i) for i in range(20)] for p in range(3)]
+    assert all(sorted(order) == list(range(20)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_images_once_per_pass(tmp_path):
+    tokens = fake_tokens(tmp_path / "t", [1] * 12)
+    mixture = data.Mixture([data.Source(tokens, 4, share=0.0)], [1.0], seed=0)
+    drawn = [int(c) // 100 for i in range(3) for c in mixture.sequence(i)[0][1:-1:6] - toto.FIRST_CODE]
+    assert sorted(drawn) == list(range(12))
+
+
+def test_sampler_is_a_pure_function_of_seed_and_index(tmp_path):
+    sources = [data.Source(fake_tokens(tmp_path / str(i), [40, 7, 1, 1]), 4, share=0.0) for i in range(2)]
+    a, b = (data.Mixture(sources, [1, 2], seed=5) for _ in range(2))
+    forward = [a.sequence(i)[0] for i in range(60)]
+    backward = [b.sequence(i)[0] for i in reversed(range(60))][::-1]
+    assert all(np.array_equal(x, y) for x, y in zip(forward, backward))
+    other = data.Mixture(sources, [1, 2], seed=6)
+    assert any(not np.array_equal(other.sequence(i)[0], forward[i]) for i in range(60))
+
+
+def test_validation_clips_are_disjoint_and_fixed(tmp_path):
+    tokens = fake_tokens(tmp_path / "t", [4] * 300)
+    train, held_out = data.Source(tokens, 4, share=0.1), data.Source(tokens, 4, True, share=0.1)
+    assert not set(train.videos) & set(held_out.videos) and len(train.videos) + len(held_out.videos) == 300
+    assert 15 <= len(held_out.videos) <= 45
+    # More clips do not move the old ones to the other side.
+    more = fake_tokens(tmp_path / "more", [4] * 600)
+    assert set(data.Source(more, 4, True, share=0.1).videos) & set(range(300)) == set(held_out.videos)
+    few = fake_tokens(tmp_path / "few", [4, 4, 4])
+    assert len(data.Source(few, 4, True, share=0.01)) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- media
+def test_video_frames_stride_and_size(tmp_path):
+    write_video(tmp_path / "v.mp4", 18, size=(48, 64))
+    frames = list(data.read_frames(tmp_path / "v.mp4", 32, stride=4))
+    assert [f.shape for f in frames] == [(32, 43, 3)] * 5
+    assert [round(float(f.mean())) for f in frames] == pytest.approx([10, 30, 50, 70, 90], abs=2)
+
+
+def test_video_agrees_with_pyav(tmp_path):
+    """Every frame against another decoder (libav through PyAV), resized by Pillow."""
+    av = pytest.importorskip("av", reason="pip install av to compare with another decoder")
+    clip = data.world_clip(3, 12, 96).frames
+    iio.imwrite(tmp_path / "v.mp4", clip, plugin="FFMPEG", fps=25, quality=9)
+    ours = list(data.read_frames(tmp_path / "v.mp4", 64, stride=3))
+    with av.open(tmp_path / "v.mp4") as container:
+        theirs = [frame.to_image() for frame in container.decode(video=0)][::3]
+    assert len(ours) == len(theirs) == 4
+    for a, b in zip(ours, theirs):
+        b = np.asarray(b.resize((64, 64), Image.Resampling.BICUBIC), dtype=float)
+        assert abs(a - b).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    grey = Image.fromarray(np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1)))
+    image = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    (frame,) = data.read_frames(path, 16)
+    assert frame.shape == (16, 21, 3) and frame.dtype == np.uint8
+    if mode != "1":  # the ramp from black to white is still there
+        assert frame[:, 0].mean() < 20 and frame[:, -1].mean() > 235
+
+
+def test_exif_orientation_and_transparency(tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned: 90 degrees clockwise to show
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    (frame,) = data.read_frames(tmp_path / "turned.jpg", 16)
+    assert frame.shape == (32, 16, 3)
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    (frame,) = data.read_frames(tmp_path / "clear.png", 16)
+    assert (frame == 255).all()
+
+
+def test_animated_gif_is_a_video(tmp_path):
+    frames = [Image.new("RGB", (20, 20), (20 * t, 0, 0)) for t in range(9)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=50)
+    assert [int(f[0, 0, 0]) for f in data.read_frames(tmp_path / "a.gif", 8, stride=4)] == pytest.approx([0, 80, 160], abs=5)
+
+
+def test_crop_takes_the_place_asked_for():
+    frame = np.arange(4 * 10 * 3).reshape(4, 10, 3)
+    assert np.array_equal(data.crop(frame, 4), frame[:, 3:7])
+    assert np.array_equal(data.crop(frame, 4, (0, 0)), frame[:, :4])
+    assert np.array_equal(data.crop(frame, 4, (1, 1)), frame[:, 6:])
+
+
+# ------------------------------------------------------------------------------------------------------ token folders
+def make_media(root):
+    for name in ("a/one.png", "a/two.png", "b/three.png", "b/.hidden.png", "broken.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(root / name)
+    (root / "broken.jpg").write_bytes((root / "a/one.png").read_bytes()[:100])
+    write_video(root / "b/clip é.mp4", 12)
+
+
+def test_tokenize_a_folder(tmp_path, tokenizer, capsys):
+    make_media(tmp_path / "media")
+    shards = data.media_shards(tmp_path / "media", 16, 4)
+    data.tokenize(shards, tmp_path / "t", tokenizer, 16, 4)
+    assert "skipped 1 file(s) that cannot be read: broken.jpg" in capsys.readouterr().err
+    tokens = data.Tokens(tmp_path / "t")
+    assert tokens.names == ["a/one.png", "a/two.png", "b/three.png", "b/clip é.mp4"]
+    assert tokens.labels == {"class": ["a", "a", "b", "b"]} and tokens.length.tolist() == [1, 1, 1, 3]
+    # What is stored is what the tokenizer says of each file on its own.
+    for clip, name in enumerate(tokens.names):
+        frames = np.stack([data.crop(f, 16) for f in data.read_frames(tmp_path / "media" / name, 16, 4)])
+        assert np.array_equal(tokens.codes(clip), tokenizer.encode(frames).numpy()), name
+    assert tokens.meta["tokenizer"] == tokenizer.fingerprint() and tokens.meta["precision"] == "float32"
+
+
+def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, tokenizer, monkeypatch):
+    """A stop in the middle and a second run give the folder of an undisturbed run, file by file; so do two processes."""
+    shards = data.world_shards(range(40), 32, n_frames=3)
+    assert len(shards) == 3
+    read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    data.tokenize(shards, tmp_path / "whole", tokenizer, 32, 1)
+    for rank in (1, 0):
+        data.tokenize(shards, tmp_path / "shared", tokenizer, 32, 1, rank=rank, world_size=2)
+    assert read(tmp_path / "shared") == read(tmp_path / "whole")
+
+    encode, calls = dvae.DVAE.encode, []
+
+    def dying_encode(self, frames):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, frames)
+
+    monkeypatch.setattr(dvae.DVAE, "encode", dying_encode)
+    with pytest.raises(KeyboardInterrupt):
+        data.tokenize(shards, tmp_path / "cut", tokenizer, 32, 1)
+    with pytest.raises(ValueError, match="not a finished token folder"):
+        data.Tokens(tmp_path / "cut")
+    data.tokenize(shards, tmp_path / "cut", tokenizer, 32, 1)
+    assert read(tmp_path / "cut") == read(tmp_path / "whole")
+    n = len(calls)
+    data.tokenize(shards, tmp_path / "cut", tokenizer, 32, 1)
+    assert len(calls) == n  # nothing was left to do
+
+
+def test_crops_are_clips_of_their_own(tmp_path, tokenizer):
+    shards = [[data.Item("v", lambda: ({"class": "a"}, np.random.default_rng(0).integers(0, 255, (5, 16, 48, 3), dtype=np.uint8)))]]
+    data.tokenize(shards, tmp_path / "t", tokenizer, 16, 1, crops=3)
+    tokens = data.Tokens(tmp_path / "t")
+    frames = shards[0][0].read()[1]
+    assert tokens.length.tolist() == [5, 5, 5] and tokens.names == ["v", "v", "v"]
+    candidates = [tokenizer.encode(frames[:, :, left : left + 16]).numpy() for left in range(33)]
+    for clip in range(3):  # every crop is the same place in all frames of the clip
+        assert any(np.array_equal(tokens.codes(clip), c) for c in candidates)
+
+
+def test_a_folder_made_otherwise_is_refused(tmp_path, tokenizer):
+    shards = data.world_shards(range(2), 16, n_frames=2)
+    data.tokenize(shards, tmp_path / "t", tokenizer, 16, 1)
+    with pytest.raises(ValueError, match="was made with stride 1, not 4"):
+        data.tokenize(shards, tmp_path / "t", tokenizer, 16, 4)
+    with pytest.raises(ValueError, match="was made with tokenizer"):
+        data.tokenize(shards, tmp_path / "t", dvae.DVAE(TINY), 16, 1)
+
+
+def test_folders_without_media(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        data.find_media(tmp_path / "missing")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match="no images or videos here"):
+        data.find_media(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- world
+def test_world_is_deterministic_and_balanced():
+    a, b = data.world_clip(7), data.world_clip(7)
+    assert np.array_equal(a.frames, b.frames) and a.labels == b.labels
+    assert not np.array_equal(a.frames, data.world_clip(8).frames)
+    labels = [data.world_clip(i, 1, 16).labels for i in range(600)]
+    for task, names in (("shape", data.SHAPES), ("motion", data.MOTIONS)):
+        counts = Counter(label[task] for label in labels)
+        assert set(counts) == set(names) and min(counts.values()) > 60
+
+
+def test_world_labels_masks_and_positions_are_true():
+    """The visible part of the large object has one colour, lies around its position, and moves as the label says."""
+    seen = set()
+    for index in range(120):
+        clip = data.world_clip(index, 20)
+        x, y = clip.positions.T
+        dx, dy = np.diff(x), np.diff(y)
+        turning = np.sign(dx[:-1] * dy[1:] - dy[:-1] * dx[1:]).sum()  # y points down: clockwise is positive
+        moves = {
+            "horizontal": (dx != 0).any() and not dy.any(),
+            "vertical": (dy != 0).any() and not dx.any(),
+            "diagonal": (abs(dx) == abs(dy)).all() and dx.any(),
+            "clockwise": turning > 0 and (abs(dx) + abs(dy) == 4).all(),
+            "counter-clockwise": turning < 0 and (abs(dx) + abs(dy) == 4).all(),
+            "pulsing": not dx.any() and not dy.any(),
+        }
+        assert moves[clip.labels["motion"]], clip.labels
+        seen.add(clip.labels["motion"])
+        for frame, mask, position in zip(clip.frames, clip.masks, clip.positions):
+            if mask.any():
+                colours = frame[mask].astype(int)
+                assert (abs(colours - np.median(colours, axis=0)).max(axis=1) < 130).mean() > 0.9
+                rows, columns = np.nonzero(mask)
+                assert abs(columns - position[0]).max() <= 17 and abs(rows - position[1]).max() <= 17
+    assert seen == set(data.MOTIONS)
+
+
+def test_gif_and_strip_can_be_read_back(tmp_path):
+    frames = data.world_clip(0, 5).frames
+    rows = [[("truth", frames), ("model", frames)], [("truth", frames), ("model", frames)]]
+    data.write_gif(tmp_path / "x.gif", rows, n_prompt=2)
+    data.write_strip(tmp_path / "x.png", rows, n_prompt=2)
+    gif = iio.imread(tmp_path / "x.gif")
+    assert gif.shape[0] == 5
+    green = lambda picture: (picture[..., 1] > picture[..., 0].astype(int) + 100).sum()
+    assert green(gif[1]) > green(gif[2]) + 100  # the given frames are marked
+    assert Image.open(tmp_path / "x.png").size[0] == 5 * (128 + 4)
