@@ -56,10 +56,10 @@ class WorldClip:
 def world_clip(index, n_frames=16, resolution=64, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    A large object of some shape moves in some way over a textured ground; a small one moves in a straight line, bounces
-    off the borders, and passes before or behind it. What the large one is shows in a single frame, though not in a
-    single pixel; how it moves shows only over several. Everything keeps to a lattice of 1/16 of the side, half a code
-    at the default resolution: otherwise a tokenizer and a model of minutes could not tell where things are.
+    A large object of some shape moves in some way over a textured ground; a small disc moves in a straight line,
+    bounces off the borders, and passes before or behind it. What the large one is shows in a single frame, though not
+    in a single pixel; how it moves shows only over several. Places are multiples of 1/16 of the side and steps of 1/8,
+    half a code and a code at the default resolution: what minutes of training can learn to move.
     """
     rng = np.random.default_rng([seed, index])
     R, t = resolution, np.arange(n_frames)
@@ -74,25 +74,25 @@ def world_clip(index, n_frames=16, resolution=64, seed=0):
     x, y = rng.integers(3, 14, (2, 1)) + 0 * t
     way_x, way_y = rng.choice((-1, 1), 2)
     if motion in ("horizontal", "diagonal"):
-        x = bounce(x + way_x * t, 3, 13)
+        x = bounce(x, 2 * way_x, 3)
     if motion in ("vertical", "diagonal"):
-        y = bounce(y + way_y * t, 3, 13)
+        y = bounce(y, 2 * way_y, 3)
     if motion in ("clockwise", "counter-clockwise"):  # around a square; y points down
         half = rng.integers(2, 4)
-        along = 2 * half + (rng.integers(8 * half) + (t if motion == "clockwise" else -t)) % (8 * half)
+        along = half + 2 * (rng.integers(4 * half) + (t if motion == "clockwise" else -t))
         centre_x, centre_y = rng.integers(3 + half, 14 - half, 2)
         edge = lambda s: np.clip(abs(s % (8 * half) - 4 * half) - 2 * half, -half, half)
         x, y = centre_x - edge(along), centre_y - edge(along + 6 * half)
     if motion == "pulsing":
-        radius = 2 + bounce(rng.integers(8) + t, 0, 4) / 2
-    small_x, small_y = (bounce(rng.integers(2, 15) + rng.integers(-1, 2) * t, 2, 14) for _ in range(2))
+        radius = 2 + abs((rng.integers(4) + t) % 4 - 2)
+    small_x, small_y = (bounce(rng.integers(2, 15) + 0 * t, 2 * rng.integers(-1, 2), 2) for _ in range(2))
 
     masks = np.zeros((n_frames, R, R), dtype=bool)
     for is_large in rng.permutation((True, False)):  # the one drawn last is in front
         if is_large:
             cover, colour = shape_cover(shape, R, x, y, radius), large_colour
         else:
-            cover = shape_cover(SHAPES[rng.integers(len(SHAPES))], R, small_x, small_y, np.full(n_frames, 1.5))
+            cover = shape_cover("circle", R, small_x, small_y, np.full(n_frames, 1.5))
             colour = small_colour
         frames += cover[..., None] * (colour - frames)
         masks = cover > 0.5 if is_large else masks & (cover <= 0.5)
@@ -100,10 +100,12 @@ def world_clip(index, n_frames=16, resolution=64, seed=0):
     return WorldClip(frames.round().astype(np.uint8), labels, masks, positions)
 
 
-def bounce(x, low, high):
-    """Fold positions on a line into [low, high], as if they bounced off both ends."""
-    span = high - low
-    return high - abs((x - low) % (2 * span) - span)
+def bounce(start, speed, margin):
+    """Places from `start` (F,) on, moving by `speed` lattice units a frame between margin and 16 - margin."""
+    low = margin + (start - margin) % 2  # steps are of two units: turn round where they lead
+    span = 16 - 2 * low
+    place = (start - low + speed * np.arange(len(start))) % (2 * span)
+    return low + span - abs(place - span)
 
 
 def shape_cover(shape, R, x, y, radius):
@@ -363,13 +365,19 @@ class Tokens:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             shards = [json.loads((self.folder / f"{i:05d}.json").read_text()) for i in range(self.meta["shards"])]
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}: not a finished token folder ({Path(error.filename).name} is missing)") from None
+            raise ValueError(
+                f"{folder}: not a finished token folder ({Path(error.filename).name} is missing)"
+            ) from None
         self.names = [name for shard in shards for name in shard["names"]]
         tasks = sorted({task for shard in shards for task in shard["labels"]})
-        self.labels = {task: [l for s in shards for l in s["labels"].get(task, len(s["names"]) * [None])] for task in tasks}
+        self.labels = {
+            task: [l for s in shards for l in s["labels"].get(task, len(s["names"]) * [None])] for task in tasks
+        }
         lengths = [np.array(shard["lengths"], dtype=np.int64) for shard in shards]
         self.length = np.concatenate(lengths)
-        self.start = np.concatenate([np.cumsum(l) - l for l in lengths])  # of the clip, in frames from its shard's first
+        self.start = np.concatenate(
+            [np.cumsum(l) - l for l in lengths]
+        )  # of the clip, in frames from its shard's first
         self.shard = np.repeat(np.arange(len(shards)), [len(l) for l in lengths])
         if not len(self.length):
             raise ValueError(f"{folder}: holds no clips; could none of the media files be read?")
@@ -565,7 +573,9 @@ def load_model(checkpoint_path, tokenizer_path, device):
     path = tokenizer_path or Path(checkpoint_path).with_name("dvae.pt")
     tokenizer = dvae.load(path, device, dtype)
     if tokenizer.fingerprint() != checkpoint["tokenizer"]:
-        raise ValueError(f"{path} is not the tokenizer that {checkpoint_path} was trained with; give it with --tokenizer")
+        raise ValueError(
+            f"{path} is not the tokenizer that {checkpoint_path} was trained with; give it with --tokenizer"
+        )
     return toto.load(checkpoint_path, device, dtype), tokenizer, checkpoint
 
 

@@ -88,7 +88,7 @@ def group(config, n_in, n_out, kernels, resample=None):
 
 
 class Encoder(nn.Module):
-    """Pixels (N, 3, H, W) -> float32 logits over the codes (N, V, h, w)."""
+    """§3.4: pixels (N, 3, H, W) -> float32 logits over the codes (N, V, h, w)."""
 
     def __init__(self, config):
         super().__init__()
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded codes (N, n_init, h, w) -> (N, 6, H, W): location μ and log scale of a logit-Laplace per colour."""
+    """§3.4: embedded codes (N, n_init, h, w) -> (N, 6, H, W): location μ and log scale of a logit-Laplace per colour."""
 
     def __init__(self, config):
         super().__init__()
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """The tokenizer: `encode` turns frames into codes, `decode` codes into frames.
+    """The tokenizer of §3.4: `encode` turns frames into codes, `decode` codes into frames.
 
     `compute_dtype` is the dtype of the activations; parameters and logits stay in float32.
     """
@@ -316,7 +316,9 @@ def train(frames, config, steps, batch_size=8, lr=2e-3, seed=0, device="cpu", co
         optimizer.step()
         if step % 20 == 0:
             mse = (output.detach().clamp(0, 1) - target).pow(2).mean().item()
-            progress.set_postfix_str(f"loss {loss.item():.4f}, PSNR {-10 * math.log10(mse):.1f} dB, temperature {temperature:.2f}")
+            progress.set_postfix_str(
+                f"loss {loss.item():.4f}, PSNR {-10 * math.log10(mse):.1f} dB, temperature {temperature:.2f}"
+            )
     return warm.fold()
 
 
@@ -351,7 +353,9 @@ def train_on(paths, out, resolution, seed, device, compute_dtype, steps=1800, st
 def main():
     import data  # not above: data.py imports this file
 
-    parser = argparse.ArgumentParser(description="Train a tokenizer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train a tokenizer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of images and videos")
     add("--out", default="out/dvae.pt", type=Path, help="file to write")

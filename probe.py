@@ -121,9 +121,12 @@ class ProbeSet:
         for task, names in self.classes.items():
             unknown = set(tokens.labels.get(task, [])) - set(names)
             if unknown:
-                raise ValueError(f"{tokens.meta['source']}: has a {task} that train has not: {', '.join(sorted(unknown))}")
+                raise ValueError(
+                    f"{tokens.meta['source']}: has a {task} that train has not: {', '.join(sorted(unknown))}"
+                )
         self.labels = {
-            task: torch.tensor([names.index(label) for label in tokens.labels[task]]) for task, names in self.classes.items()
+            task: torch.tensor([names.index(label) for label in tokens.labels[task]])
+            for task, names in self.classes.items()
         }
 
     def __len__(self):
@@ -187,7 +190,9 @@ def make_heads(config, layers, pools, classes, seed, device):
 
 def train_heads(heads, features, split, args, device):
     """Every head gets its own cross-entropy; their sum has just their gradients, since no parameter is shared."""
-    optimizer = torch.optim.AdamW([p for head in heads.values() for p in head.parameters()], lr=args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [p for head in heads.values() for p in head.parameters()], lr=args.lr, weight_decay=0.05
+    )
     batches_per_epoch = max(len(split) // args.batch, 1)
     n_steps = args.epochs * batches_per_epoch
     generator = torch.Generator().manual_seed(args.seed)
@@ -222,12 +227,14 @@ def accuracy(heads, features, split, batch, device):
 
 
 def print_table(results, layers, pools, classes, n_layers):
-    """One row a layer and one text bar a head: Fig. 4 on its side."""
+    """§4.8: accuracy over depth, one row a layer and one text bar a head: Fig. 4 on its side."""
     for task, names in classes.items():
         print(f"\n{task}: {len(names)} classes, chance {1 / len(names):.1%}")
         print("layer  " + "".join(f"{pool:<32}" for pool in pools))
         for l in layers:
-            cells = [f"{results[task, pool, l]:6.1%} " + f"{'█' * round(24 * results[task, pool, l]):<25}" for pool in pools]
+            cells = [
+                f"{results[task, pool, l]:6.1%} " + f"{'█' * round(24 * results[task, pool, l]):<25}" for pool in pools
+            ]
             print(f"{l:>5}  " + "".join(cells))
         for pool in pools:
             best = max(layers, key=lambda l: results[task, pool, l])
@@ -240,7 +247,9 @@ def main():
     )
     add = parser.add_argument
     add("--layer", default="mid", help="mid (L // 2), a number, numbers with commas, or all; 0 is the embedding")
-    add("--pool", nargs="+", default=["attention", "average"], choices=POOLS, help="how tokens become one vector (§3.5)")
+    add(
+        "--pool", nargs="+", default=["attention", "average"], choices=POOLS, help="how tokens become one vector (§3.5)"
+    )
     add("--data", help="folder with train/<class>/* and val/<class>/* (default: the built-in world)")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")

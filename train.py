@@ -32,7 +32,7 @@ import toto
 # §3.2: AdamW, peak 3e-4, 2,000 warm-up steps, batches of 2^20 tokens; §3.3: 10^12 tokens; §3.4: R = 128.
 PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 1000}
 # Not in the paper: what trains `tiny` on two cores in minutes.
-LAPTOP = {"resolution": 64, "batch_tokens": 2**11, "steps": 1800, "lr": 4e-3, "warmup": 50, "save_every": 600}
+LAPTOP = {"resolution": 64, "batch_tokens": 2**11, "steps": 2000, "lr": 4e-3, "warmup": 50, "save_every": 500}
 HELD_OUT = 0.05  # share of the clips kept for validation
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by what the device's name contains.
@@ -45,7 +45,9 @@ def parse_arguments():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token folders or folders of media (default: built-in world)")
+    add(
+        "--data", nargs="+", metavar="PATH[=WEIGHT]", help="token folders or folders of media (default: built-in world)"
+    )
     add("--size", default="tiny", help=f"one of {', '.join(toto.SIZES)}")
     add("--out", default="out", type=Path, help="folder for the checkpoint, the log and the samples")
     add("--tokenizer", type=Path, help="a dvae.pt (default: the one in --out, trained first if it is missing)")
@@ -53,7 +55,11 @@ def parse_arguments():
     add("--frames", type=int, default=16, help="frames in a sequence")
     add("--stride", type=int, default=4, help="keep every n-th frame of a video")
     add("--steps", type=int, help=f"optimizer steps (default: {about('steps')})")
-    add("--batch-tokens", type=int, help=f"visual tokens in a step, over all processes (default: {about('batch_tokens')})")
+    add(
+        "--batch-tokens",
+        type=int,
+        help=f"visual tokens in a step, over all processes (default: {about('batch_tokens')})",
+    )
     add("--micro-batch", type=int, default=4, help="sequences in one forward pass of one process")
     add("--lr", type=float, help=f"peak learning rate (default: {about('lr')})")
     add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
@@ -100,7 +106,9 @@ def main():
     tokens_per_sequence = args.frames * tokens_per_frame
     n_sequences = max(round(args.batch_tokens / tokens_per_sequence), 1)
     if n_sequences % world_size:
-        raise ValueError(f"--batch-tokens makes {n_sequences} sequences, which {world_size} processes cannot share evenly")
+        raise ValueError(
+            f"--batch-tokens makes {n_sequences} sequences, which {world_size} processes cannot share evenly"
+        )
 
     torch.manual_seed(args.seed)
     config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + meta["vocab_size"])
@@ -228,7 +236,9 @@ def prepare_sources(args, specs, tokenizer, rank, world_size):
         first = next(iter(sources.values()), tokens)
         for key in ("tokenizer", "grid"):
             if tokens.meta[key] != first.meta[key]:
-                raise ValueError(f"{path}: its {key} is {tokens.meta[key]}, but that of {first.folder} is {first.meta[key]}")
+                raise ValueError(
+                    f"{path}: its {key} is {tokens.meta[key]}, but that of {first.folder} is {first.meta[key]}"
+                )
         if tokenizer is not None and tokens.meta["tokenizer"] != tokenizer.fingerprint():
             raise ValueError(f"{path}: was made by another tokenizer; give the right one with --tokenizer")
         sources[path if path not in sources else f"{path} ({len(sources)})"] = tokens
@@ -380,7 +390,9 @@ def write_samples(model, tokenizer, held_out, args, n_samples=4):
     n_new = (args.frames - n_prompt) * h * w
     with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
         generator = torch.Generator(device).manual_seed(args.seed)
-        made = model.generate(ids[:, : 1 + n_prompt * h * w], n_new, 0.8, top_p=0.9, generator=generator, progress=bar.update)
+        made = model.generate(
+            ids[:, : 1 + n_prompt * h * w], n_new, 0.8, top_p=0.9, generator=generator, progress=bar.update
+        )
     rows = []
     for truth, sample in zip(ids[:, 1:-1], made[:, 1:]):
         codes = torch.stack((truth, sample)).view(2 * args.frames, h, w) - toto.FIRST_CODE

@@ -171,7 +171,9 @@ def test_exif_orientation_and_transparency(tmp_path):
 def test_animated_gif_is_a_video(tmp_path):
     frames = [Image.new("RGB", (20, 20), (20 * t, 0, 0)) for t in range(9)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=50)
-    assert [int(f[0, 0, 0]) for f in data.read_frames(tmp_path / "a.gif", 8, stride=4)] == pytest.approx([0, 80, 160], abs=5)
+    assert [int(f[0, 0, 0]) for f in data.read_frames(tmp_path / "a.gif", 8, stride=4)] == pytest.approx(
+        [0, 80, 160], abs=5
+    )
 
 
 def test_crop_takes_the_place_asked_for():
@@ -185,7 +187,9 @@ def test_crop_takes_the_place_asked_for():
 def make_media(root):
     for name in ("a/one.png", "a/two.png", "b/three.png", "b/.hidden.png", "broken.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(root / name)
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(
+            root / name
+        )
     (root / "broken.jpg").write_bytes((root / "a/one.png").read_bytes()[:100])
     write_video(root / "b/clip é.mp4", 12)
 
@@ -236,7 +240,13 @@ def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, tokenizer, monke
 
 
 def test_crops_are_clips_of_their_own(tmp_path, tokenizer):
-    shards = [[data.Item("v", lambda: ({"class": "a"}, np.random.default_rng(0).integers(0, 255, (5, 16, 48, 3), dtype=np.uint8)))]]
+    shards = [
+        [
+            data.Item(
+                "v", lambda: ({"class": "a"}, np.random.default_rng(0).integers(0, 255, (5, 16, 48, 3), dtype=np.uint8))
+            )
+        ]
+    ]
     data.tokenize(shards, tmp_path / "t", tokenizer, 16, 1, crops=3)
     tokens = data.Tokens(tmp_path / "t")
     frames = shards[0][0].read()[1]
@@ -286,8 +296,8 @@ def test_world_labels_masks_and_positions_are_true():
             "horizontal": (dx != 0).any() and not dy.any(),
             "vertical": (dy != 0).any() and not dx.any(),
             "diagonal": (abs(dx) == abs(dy)).all() and dx.any(),
-            "clockwise": turning > 0 and (abs(dx) + abs(dy) == 4).all(),
-            "counter-clockwise": turning < 0 and (abs(dx) + abs(dy) == 4).all(),
+            "clockwise": turning > 0 and (abs(dx) + abs(dy) == 8).all(),
+            "counter-clockwise": turning < 0 and (abs(dx) + abs(dy) == 8).all(),
             "pulsing": not dx.any() and not dy.any(),
         }
         assert moves[clip.labels["motion"]], clip.labels

@@ -28,7 +28,10 @@ def test_parameter_counts(size, millions):
         assert toto.Toto(toto.SIZES[size]).count_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-@pytest.mark.parametrize("size, D, L", [("a1", 256, 12), ("a2", 512, 16), ("a3", 768, 20), ("a4", 1024, 24), ("a5", 1536, 28), ("a6", 1792, 32)])
+@pytest.mark.parametrize(
+    "size, D, L",
+    [("a1", 256, 12), ("a2", 512, 16), ("a3", 768, 20), ("a4", 1024, 24), ("a5", 1536, 28), ("a6", 1792, 32)],
+)
 def test_table_15_counts(size, D, L):
     """Four D x D matrices for attention and three D x 4D for the MLP in each layer, two norms, the embedding, a norm."""
     with torch.device("meta"):
@@ -46,7 +49,10 @@ def test_matches_hugging_face_llama(model):
         rope_theta=SMALL.rope_base, tie_word_embeddings=True, attention_bias=False,
     )  # fmt: skip
     llama = transformers.LlamaForCausalLM(config).eval()
-    theirs = {"model.embed_tokens.weight": model.embedding.weight[: SMALL.vocab_size], "model.norm.weight": model.norm.weight}
+    theirs = {
+        "model.embed_tokens.weight": model.embedding.weight[: SMALL.vocab_size],
+        "model.norm.weight": model.norm.weight,
+    }
     for i, block in enumerate(model.blocks):
         q, k, v = block.attention.qkv.weight.chunk(3)
         gate, up = block.mlp.gate_up.weight.chunk(2)
@@ -76,11 +82,15 @@ def test_rms_norm_matches_torch():
     reference.load_state_dict(norm.state_dict())
     x = 100 * torch.randn(3, 5, 16)
     torch.testing.assert_close(norm(x), reference(x))
-    torch.testing.assert_close(norm(x), x / (x.double() ** 2).mean(-1, keepdim=True).add(1e-5).sqrt().float() * norm.weight)
+    torch.testing.assert_close(
+        norm(x), x / (x.double() ** 2).mean(-1, keepdim=True).add(1e-5).sqrt().float() * norm.weight
+    )
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype, T, tolerance", [(torch.float32, 37, 1e-5), (torch.bfloat16, 37, 2e-2), (torch.bfloat16, 600, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, T, tolerance", [(torch.float32, 37, 1e-5), (torch.bfloat16, 37, 2e-2), (torch.bfloat16, 600, 2e-2)]
+)
 def test_attention_matches_explicit_softmax(causal, dtype, T, tolerance):
     """Both ways through `attend`, values and gradients, against softmax(q kᵀ / √d + mask) v in float64."""
     q, k, v = torch.randn(3, 2, 3, T, 16).to(dtype)
@@ -205,9 +215,10 @@ def test_generation_never_draws_special_ids(model):
 
 def test_sampling_filters():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    draw = lambda **how: torch.bincount(
-        toto.sample_from(logits, generator=torch.Generator().manual_seed(0), **how), minlength=4
-    ) / len(logits)
+    draw = lambda **how: (
+        torch.bincount(toto.sample_from(logits, generator=torch.Generator().manual_seed(0), **how), minlength=4)
+        / len(logits)
+    )
     torch.testing.assert_close(draw(), logits[0].exp(), atol=0.03, rtol=0)
     torch.testing.assert_close(draw(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
     # The fewest codes with 0.7 together: the first two (0.5 alone is too little).

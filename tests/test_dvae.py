@@ -1,0 +1,150 @@
+"""dvae.py against OpenAI's DALL-E package, its published sizes, and what its functions promise."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import dvae
+
+TINY = dvae.Config(n_hid=8, blocks_per_group=2, n_init=8, vocab_size=32)
+
+
+def test_published_sizes_and_names():
+    """§3.4's tokenizer: 53,786,240 + 43,829,766 parameters, under the names of the published files."""
+    with torch.device("meta"):
+        model = dvae.DVAE(dvae.Config())
+    assert sum(p.numel() for p in model.encoder.parameters()) == 53_786_240
+    assert sum(p.numel() for p in model.decoder.parameters()) == 43_829_766
+    names = set(model.encoder.state_dict())
+    assert {"blocks.input.w", "blocks.group_2.block_1.id_path.b", "blocks.group_4.block_2.res_path.conv_4.w"} < names
+    assert "blocks.group_1.block_1.id_path.w" not in names and "blocks.output.conv.w" in names
+
+
+def test_matches_the_dall_e_package():
+    """The same weights give the same logits and the same output as OpenAI's own code."""
+    theirs = pytest.importorskip("dall_e", reason="pip install --no-deps DALL-E attrs requests to compare with it")
+    ours = dvae.DVAE(TINY)
+    encoder = theirs.encoder.Encoder(n_hid=8, vocab_size=32)
+    decoder = theirs.decoder.Decoder(n_init=8, n_hid=8, vocab_size=32)
+    ours.encoder.load_state_dict(encoder.state_dict())
+    ours.decoder.load_state_dict(decoder.state_dict())
+    frames = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8)
+    x = theirs.map_pixels(frames.permute(0, 3, 1, 2) / 255)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.prepare(frames), x)
+        logits = encoder(x)
+        torch.testing.assert_close(ours.encoder(x), logits, atol=1e-4, rtol=1e-4)
+        codes = logits.argmax(dim=1)
+        assert torch.equal(ours.encode(frames), codes) and codes.shape == (2, 4, 6)
+        one_hot = torch.nn.functional.one_hot(codes, 32).permute(0, 3, 1, 2).float()
+        output = decoder(one_hot)
+        torch.testing.assert_close(ours.decoder(ours.decoder.embed(codes)), output, atol=1e-4, rtol=1e-4)
+        pixels = theirs.unmap_pixels(torch.sigmoid(output[:, :3])).permute(0, 2, 3, 1)
+        assert (ours.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
+
+
+def test_initial_weights():
+    """N(0, 1/√fan-in) and no bias."""
+    conv = dvae.Conv2d(64, 128, 3)
+    assert conv.w.std().item() == pytest.approx((64 * 9) ** -0.5, rel=0.03) and not conv.b.any()
+
+
+def test_folding_the_bottleneck_changes_nothing():
+    """The warm-started dVAE and the plain one it becomes give the same codes and, from hard codes, the same pixels."""
+    torch.manual_seed(0)
+    warm = dvae.WarmStart(dvae.DVAE(TINY))
+    frames = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        z = warm.latents(frames)
+        warm.start_codes(z.permute(0, 2, 3, 1).flatten(0, 2), torch.Generator().manual_seed(0))
+        codes = warm.to_logits(z).argmax(dim=1)
+        expected = dvae.to_pixels(warm.model.decoder(warm.expand(warm.codebook[codes].permute(0, 3, 1, 2))))
+        # The logits are the scaled distances to the codebook: the nearest entry wins.
+        nearest = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), warm.codebook).argmin(dim=1)
+    plain = warm.fold()
+    assert torch.equal(codes.flatten(), nearest)
+    assert (plain.encode(frames) == codes).float().mean() > 0.99  # rounding may move a near tie
+    got = plain.decode(codes).permute(0, 3, 1, 2) / 255
+    assert (got - expected.clamp(0, 1)).abs().max() < 1.1 / 255
+
+
+def test_training_learns_and_uses_its_codes():
+    """On the world at 32 pixels a short training must beat the best constant picture by far and use many codes."""
+    frames = np.concatenate([data.world_clip(i, 4, 32).frames for i in range(100)])
+    config = dvae.Config(n_hid=8, blocks_per_group=1, n_init=16, vocab_size=64, residual_gain=1.0)
+    model = dvae.train(frames, config, steps=150)
+    score = dvae.measure(model, frames[:64])
+    mean = frames.mean(axis=(0, 1, 2))
+    constant = 20 * np.log10(255) - 10 * np.log10(((frames - mean) ** 2).mean())
+    assert score["psnr"] > constant + 2
+    assert score["codes_in_use"] >= 16 and score["perplexity"] > 4
+
+
+def test_measure_by_hand():
+    model = dvae.DVAE(TINY).eval()
+    frames = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    codes = model.encode(frames)
+    score = dvae.measure(model, frames)
+    mse = ((model.decode(codes).numpy().astype(float) - frames) ** 2).mean(axis=(1, 2, 3))
+    p = np.bincount(codes.flatten(), minlength=32) / codes.numel()
+    p = p[p > 0]
+    assert score["psnr"] == pytest.approx((10 * np.log10(255**2 / mse)).mean(), abs=1e-3)
+    assert score["perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+    assert score["codes_in_use"] == len(p)
+
+
+def test_save_and_load(tmp_path):
+    model = dvae.DVAE(TINY)
+    dvae.save(model, tmp_path / "x" / "dvae.pt")
+    loaded = dvae.load(tmp_path / "x" / "dvae.pt")
+    assert loaded.config == TINY and loaded.fingerprint() == model.fingerprint() != dvae.DVAE(TINY).fingerprint()
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["dvae.pt"]  # no temporary file is left
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError):
+        with dvae.atomic_open(path) as file:
+            file.write(b"half of the new")
+            raise RuntimeError
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+class Bomb:
+    """Unpickles by writing a file, as a malicious checkpoint would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_load_executes_nothing(tmp_path):
+    torch.save({"dvae": Bomb(tmp_path / "proof"), "config": {}}, tmp_path / "bomb.pt")
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "proof")))
+    for name in ("bomb.pt", "bomb.pkl"):
+        with pytest.raises(ValueError, match=f"{name} is not a tokenizer written by dvae.py"):
+            dvae.load(tmp_path / name)
+    assert not (tmp_path / "proof").exists()
+    with pytest.raises(FileNotFoundError):
+        dvae.load(tmp_path / "missing.pt")
+
+
+def test_odd_sizes_are_refused():
+    with pytest.raises(ValueError, match="30x16 pixels: width and height must be multiples of 8"):
+        dvae.DVAE(TINY).encode(np.zeros((1, 16, 30, 3), np.uint8))
+
+
+def test_bfloat16_keeps_most_codes():
+    torch.manual_seed(0)
+    model = dvae.DVAE(TINY)
+    fast = dvae.DVAE(TINY, torch.bfloat16)
+    fast.load_state_dict(model.state_dict())
+    frames = np.concatenate([data.world_clip(i, 2, 64).frames for i in range(10)])
+    assert fast.encoder(fast.prepare(frames)).dtype == torch.float32
+    assert (fast.encode(frames) == model.encode(frames)).float().mean() > 0.9

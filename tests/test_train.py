@@ -1,0 +1,210 @@
+"""train.py as users run it: whole runs in processes of their own, stopped, killed, resumed and shared."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import dvae
+import toto
+import train
+
+ROOT = Path(__file__).parent.parent
+# One thread: on two cores, two processes with two threads each would mostly wait for one another.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CONFIG = dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0)
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    """A token folder of small world clips, its tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    tokenizer = dvae.DVAE(CONFIG).eval()
+    dvae.save(tokenizer, folder / "dvae.pt")
+    data.tokenize(data.world_shards(range(60), 32, n_frames=4), folder / "tokens", tokenizer, 32, 1)
+    return folder
+
+
+def command(tokens, out, *extra):
+    return [
+        "train.py", "--data", str(tokens / "tokens"), "--tokenizer", str(tokens / "dvae.pt"), "--out", str(out),
+        "--frames", "4", "--batch-tokens", "256", "--warmup", "2", "--save-every", "4", "--device", "cpu", *extra,
+    ]  # fmt: skip
+
+
+def run(arguments, launcher=(sys.executable,), status=0):
+    done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-2000:]
+    return done
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))  # every step once and in order
+    return [line["loss"] for line in steps]
+
+
+def assert_same_checkpoint(a, b):
+    a, b = (torch.load(out / "toto.pt", weights_only=True) for out in (a, b))
+    assert a["step"] == b["step"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for i, state in a["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, b["optimizer"]["state"][i][key]), (i, key)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tokens, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(command(tokens, out, "--steps", "12"))
+    return out
+
+
+def test_a_run_learns_and_writes_its_files(undisturbed):
+    values = losses(undisturbed)
+    assert len(values) == 12 and values[-1] < values[0]
+    assert {p.name for p in undisturbed.iterdir()} == {"toto.pt", "log.jsonl", "samples.gif"}
+    last = json.loads((undisturbed / "log.jsonl").read_text().splitlines()[-1])["validation"]
+    (result,) = last.values()
+    assert (
+        set(result) >= {"loss", "unigram_entropy", "accuracy", "repeat_accuracy"} and len(result["loss_by_frame"]) == 4
+    )
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stop_and_go_on_exactly(tokens, undisturbed, tmp_path, sign):
+    """Stopped in the middle, by force or by request, the same command ends with the undisturbed run's bits."""
+    arguments = [sys.executable, *command(tokens, tmp_path, "--steps", "12")]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 7):
+        time.sleep(0.005)
+    process.send_signal(sign)
+    output = process.communicate()[0]
+    if sign != signal.SIGKILL:
+        assert process.returncode == 130 and "stopped and saved at step" in output and "Traceback" not in output
+    stopped_at = torch.load(tmp_path / "toto.pt", weights_only=True)["step"]
+    assert 4 <= stopped_at < 12, "the run was not stopped in its middle"
+    run(command(tokens, tmp_path, "--steps", "12"))
+    assert losses(tmp_path) == losses(undisturbed)
+    assert_same_checkpoint(tmp_path, undisturbed)
+
+
+def test_two_processes_and_micro_batches_give_the_same_losses(tokens, undisturbed, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
+    run(command(tokens, tmp_path / "two", "--steps", "12"), launcher)
+    run(command(tokens, tmp_path / "micro", "--steps", "12", "--micro-batch", "1"))
+    for out in ("two", "micro"):
+        assert losses(tmp_path / out) == pytest.approx(losses(undisturbed), rel=3e-3)  # bfloat16 rounds
+
+
+def test_schedule():
+    """§3.2: warm-up to the peak, then a cosine, here down to a tenth."""
+
+    class args:
+        lr, warmup, steps = 3e-4, 2000, 10_000
+
+    assert train.learning_rate(0, args) == pytest.approx(3e-4 / 2000)
+    assert train.learning_rate(1999, args) == pytest.approx(3e-4) == train.learning_rate(2000, args)
+    assert train.learning_rate(6000, args) == pytest.approx(3e-4 * 0.55)
+    assert train.learning_rate(10_000, args) == pytest.approx(3e-5)
+
+
+def test_optimizer_follows_the_paper():
+    model = toto.Toto(toto.SIZES["tiny"])
+    groups = train.make_optimizer(model, 3e-4).param_groups
+    assert all(g["betas"] == (0.9, 0.95) and g["lr"] == 3e-4 for g in groups)
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_paper_settings():
+    assert train.PAPER | {"save_every": 0} == {
+        "resolution": 128, "batch_tokens": 1_048_576, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 0,
+    }  # fmt: skip
+    assert train.PAPER["steps"] * train.PAPER["batch_tokens"] == pytest.approx(
+        1e12, rel=1e-5
+    )  # §3.3: 1 trillion tokens
+
+
+def test_evaluate_by_hand(tokens):
+    """Loss by frame, accuracies and entropy against a plain count over all held-out sequences."""
+    folder = data.Tokens(tokens / "tokens")
+    source = data.Source(folder, 4, True, 0.2)
+    torch.manual_seed(0)
+    model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=1, hidden=32, vocab_size=36))
+    torch.nn.init.normal_(model.embedding.weight)
+    result = train.evaluate(model, {"x": source}, 3, torch.device("cpu"))["x"]
+    nll, right, same, codes = [], [], [], []
+    for k in range(len(source)):
+        ids = source.sequence(k, source.images)
+        p = model(torch.as_tensor(ids[None, :-1])).softmax(-1)[0].detach().numpy()
+        nll.append([-np.log(p[i, ids[i + 1]]) for i in range(64)])
+        right.append([p[i].argmax() == ids[i + 1] for i in range(16, 64)])
+        same.append([ids[i + 1] == ids[i + 1 - 16] for i in range(16, 64)])
+        codes.extend(ids[1:-1])
+    share = np.bincount(codes) / len(codes)
+    share = share[share > 0]
+    assert result["loss"] == pytest.approx(np.mean(nll), rel=1e-4)
+    assert result["loss_by_frame"] == pytest.approx(
+        np.array(nll).reshape(-1, 4, 16).mean(axis=(0, 2)).tolist(), rel=1e-3
+    )
+    assert result["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+    assert result["repeat_accuracy"] == pytest.approx(np.mean(same), abs=1e-6)
+    assert result["unigram_entropy"] == pytest.approx(-(share * np.log(share)).sum(), rel=1e-4)
+
+
+def test_specs():
+    assert train.parse_spec("a/b") == ("a/b", 1.0) and train.parse_spec("a/b=0.6") == ("a/b", 0.6)
+    assert train.parse_spec("a=b/c") == ("a=b/c", 1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train.py", "--size", "huge"], "--size huge: there is no such size; choose from tiny, base, large, 1b"),
+        (["train.py", "--data", "{tmp}/missing"], "{tmp}/missing: no such file or folder"),
+        (["train.py", "--data", "{tmp}/empty"], "{tmp}/empty: no images or videos here"),
+        (["train.py", "--data", "{tokens}/tokens", "--tokenizer", "{tmp}/other.pt"], "was made by another tokenizer"),
+        (["train.py", "--tokenizer", "{tmp}/noise.pt"], "{tmp}/noise.pt is not a tokenizer written by dvae.py"),
+        (["train.py", "--device", "abacus"], "--device abacus"),
+        (["data.py", "{tmp}/empty", "--out", "{tmp}/t", "--tokenizer", "{tokens}/dvae.pt"], "{tmp}/empty: no images or videos"),
+        (["probe.py", "--checkpoint", "{tmp}/missing.pt"], "No such file or directory: '{tmp}/missing.pt'"),
+        (["probe.py", "--checkpoint", "{tmp}/noise.pt"], "{tmp}/noise.pt is not a checkpoint written by train.py"),
+        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tmp}/other.pt"], "is not the tokenizer that"),
+        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--layer", "99"], "--layer 99: this model has layers 0"),
+        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--layer", "x"], "--layer x: give mid, all"),
+        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--data", "{tmp}/empty"], "{tmp}/empty/train: no such folder"),
+        (["sample.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--prompt", "{tmp}/none.mp4"], "{tmp}/none.mp4: no such file"),
+        (["sample.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--prompt", "{tmp}/noise.mp4"], "cannot be read as an image or a video"),
+        (["sample.py", "--prompt-frames", "20"], "--prompt-frames must be at least 1 and less than --frames"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(arguments, message, tokens, undisturbed, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    (tmp_path / "noise.mp4").write_bytes(b"noise")
+    dvae.save(dvae.DVAE(CONFIG), tmp_path / "other.pt")
+    fill = lambda text: text.format(tmp=tmp_path, tokens=tokens, done=undisturbed)
+    script, *arguments = [fill(text) for text in arguments]
+    module = __import__(script.removesuffix(".py"))
+    monkeypatch.setattr(
+        sys, "argv", [script, *arguments] + ([] if script == "data.py" else ["--out", str(tmp_path / "out")])
+    )
+    with pytest.raises(SystemExit) as stop:
+        data.run(module.main)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and fill(message) in error
