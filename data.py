@@ -547,6 +547,8 @@ def run(main):
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: {error.strerror.lower()}"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -569,9 +571,11 @@ def pick_device(name=None):
 def load_model(checkpoint_path, tokenizer_path, device):
     """The model of a checkpoint, the tokenizer it was trained with, and the checkpoint's other entries."""
     dtype = fast_dtype(device)
-    checkpoint = toto.load_checkpoint(checkpoint_path)
-    path = tokenizer_path or Path(checkpoint_path).with_name("dvae.pt")
-    tokenizer = dvae.load(path, device, dtype)
+    path = Path(tokenizer_path or Path(checkpoint_path).with_name("dvae.pt"))
+    for needed in (Path(checkpoint_path), path):
+        if not needed.is_file():
+            raise ValueError(f"{needed}: no such file; train.py makes one")
+    checkpoint, tokenizer = toto.load_checkpoint(checkpoint_path), dvae.load(path, device, dtype)
     if tokenizer.fingerprint() != checkpoint["tokenizer"]:
         raise ValueError(
             f"{path} is not the tokenizer that {checkpoint_path} was trained with; give it with --tokenizer"

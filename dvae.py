@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """§3.4: embedded codes (N, n_init, h, w) -> (N, 6, H, W): location μ and log scale of a logit-Laplace per colour."""
+    """§3.4: embedded codes (N, n_init, h, w) -> (N, 6, H, W): μ and log scale of a logit-Laplace for each colour."""
 
     def __init__(self, config):
         super().__init__()
@@ -202,19 +202,54 @@ def save(model, path):
 
 
 def load(path, device="cpu", compute_dtype=torch.float32):
-    """Read a tokenizer written by `save`, ready to encode. Nothing in the file is executed (weights_only=True).
+    """Read a tokenizer, ready to encode: a file of `save`, or a folder with OpenAI's encoder.pkl and decoder.pkl.
 
-    Raises OSError where there is no such file and ValueError, in one line, where it is something else.
+    Nothing in the files is executed (weights_only=True). Raises OSError where there is no such file and ValueError, in
+    one line, where it is something else.
     """
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = DVAE(Config(**saved["config"]), compute_dtype)
-        model.load_state_dict(saved["dvae"])
+        if Path(path).is_dir():
+            model = load_openai(path, compute_dtype)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            model = DVAE(Config(**saved["config"]), compute_dtype)
+            model.load_state_dict(saved["dvae"])
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is not a tokenizer written by dvae.py") from error
+        what = "a folder with OpenAI's encoder.pkl and decoder.pkl" if Path(path).is_dir() else "a tokenizer of dvae.py"
+        raise ValueError(f"{path} is not {what}") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+class Inert:
+    """Stands in for every class that OpenAI's files mention: it holds what is unpickled into it and does nothing."""
+
+
+def load_openai(folder, compute_dtype=torch.float32):
+    """The published weights of §3.4's tokenizer. The two files are whole pickled modules, of which we read the tensors."""
+    classes = ["dall_e.utils.Conv2d", "dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock"]
+    classes += ["dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock", "torch.nn.modules.container.Sequential"]
+    classes += ["torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"]
+    classes += ["torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.upsampling.Upsample"]
+
+    def tensors(module, prefix=""):
+        found = {prefix + name: tensor.detach().contiguous() for name, tensor in module._parameters.items()}
+        for name, child in module._modules.items():
+            found |= tensors(child, f"{prefix}{name}.")
+        return found
+
+    weights = {}
+    with torch.serialization.safe_globals([(Inert, name) for name in classes]):
+        for part in ("encoder", "decoder"):
+            weights[part] = tensors(torch.load(Path(folder) / f"{part}.pkl", map_location="cpu", weights_only=True))
+    n_hid, vocab_size = weights["encoder"]["blocks.input.w"].shape[0], weights["encoder"]["blocks.output.conv.w"].shape[0]
+    n_blocks = sum(name.startswith("blocks.group_1.") and name.endswith(".conv_1.w") for name in weights["encoder"])
+    n_init = weights["decoder"]["blocks.input.w"].shape[0]
+    model = DVAE(Config(n_hid, n_blocks, n_init, vocab_size, 1 / (4 * n_blocks) ** 2), compute_dtype)
+    model.encoder.load_state_dict(weights["encoder"])
+    model.decoder.load_state_dict(weights["decoder"])
+    return model
 
 
 class WarmStart(nn.Module):
@@ -344,8 +379,8 @@ def train_on(paths, out, resolution, seed, device, compute_dtype, steps=1800, st
     model = train(training, SMALL, steps, seed=seed, device=device, compute_dtype=compute_dtype)
     score = measure(model, held_out if len(held_out) else training)
     print(
-        f"tokenizer: {score['psnr']:.1f} dB on held-out frames, {score['codes_in_use']} of {SMALL.vocab_size} codes in use, "
-        f"perplexity {score['perplexity']:.0f}"
+        f"tokenizer: {score['psnr']:.1f} dB on held-out frames, {score['codes_in_use']} of {SMALL.vocab_size} codes in "
+        f"use, perplexity {score['perplexity']:.0f}"
     )
     save(model, out)
 

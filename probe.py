@@ -10,7 +10,6 @@ Shape letters: B clips, T visual tokens, D width, H heads, C classes.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -21,8 +20,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import dvae
-import toto
 
 # Frozen features are computed once and kept, up to this size; beyond it they are computed anew in every epoch.
 KEEP_BYTES = 4 * 2**30
@@ -178,7 +175,7 @@ class Features:
 
 
 def make_heads(config, layers, pools, classes, seed, device):
-    """{(task, pool, layer): head}. Each starts from the seed alone, so that it does not matter what is probed beside it."""
+    """{(task, pool, layer): head}. Each starts from the seed alone: what is probed beside it does not matter."""
     heads = {}
     for task, names in classes.items():
         for pool in pools:

@@ -54,7 +54,7 @@ def read_prompts(args, checkpoint):
         frames = data.read_frames(args.prompt, resolution, checkpoint["stride"])
         frames = np.stack([data.crop(frame, resolution) for frame in islice(frames, args.frames)])
     except Exception as error:  # whatever a damaged file makes a decoder raise
-        raise ValueError(f"--prompt {args.prompt}: cannot be read as an image or a video ({error})") from error
+        raise ValueError(f"--prompt {args.prompt}: cannot be read as an image or a video") from error
     return np.repeat(frames[None], args.samples, axis=0)
 
 

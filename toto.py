@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, base):
-    """§3.2: cosines and sines of RoPE's angles p · base^(-2i / head_dim), for i = 0 … head_dim/2 - 1: two (T, head_dim/2).
+    """§3.2: cosines and sines of RoPE's angles p · base^(-2i / head_dim), i < head_dim / 2: two (T, head_dim/2).
 
     Not in the paper: the position p is the index in the flat sequence, so a frame's second row lies w positions after
     its first; there is no two- or three-dimensional position.
@@ -169,7 +169,7 @@ class Toto(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        # 128 divides the number of rows (8,196 becomes 8,320), which matrix units like; no loss or sample sees the rest.
+        # A number of rows that 128 divides (8,320 for 8,196) suits matrix units; no loss or sample sees the rest.
         # Not in the paper: input and output embeddings are tied, as the parameter counts of Table 1 ask for.
         self.embedding = nn.Embedding(math.ceil(config.vocab_size / 128) * 128, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))

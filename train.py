@@ -72,6 +72,8 @@ def parse_arguments():
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.resolution % dvae.PIXELS_PER_CODE:
+        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {dvae.PIXELS_PER_CODE}")
     return args
 
 
@@ -217,7 +219,10 @@ def prepare_tokenizer(args, specs, device, compute_dtype, is_main):
             dvae.train_on([spec[0] for spec in to_encode], path, args.resolution, args.seed, device, compute_dtype)
         if dist.is_initialized():
             dist.barrier()
-    return dvae.load(path, device, compute_dtype)
+    tokenizer = dvae.load(path, device, compute_dtype)
+    if is_main and path != args.out / "dvae.pt":
+        dvae.save(tokenizer, args.out / "dvae.pt")  # --out then holds all that probe.py and sample.py need
+    return tokenizer
 
 
 def prepare_sources(args, specs, tokenizer, rank, world_size):
@@ -262,7 +267,7 @@ def learning_rate(step, args):
 
 
 def peak_flops_per_second(device, dtype):
-    """The device's matrix rate, against which MFU is counted: from the table, else from a matrix product here and now."""
+    """The device's matrix rate, which MFU is a share of: from the table, else from a matrix product here and now."""
     if device.type == "cuda":
         for name, tflops in PEAK_TFLOPS.items():
             if name in torch.cuda.get_device_name(device):

@@ -1,6 +1,7 @@
 """dvae.py against OpenAI's DALL-E package, its published sizes, and what its functions promise."""
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +45,41 @@ def test_matches_the_dall_e_package():
         torch.testing.assert_close(ours.decoder(ours.decoder.embed(codes)), output, atol=1e-4, rtol=1e-4)
         pixels = theirs.unmap_pixels(torch.sigmoid(output[:, :3])).permute(0, 2, 3, 1)
         assert (ours.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
+
+
+def test_openai_files_are_read_without_the_package(tmp_path, monkeypatch):
+    """Whole modules pickled by the DALL-E package, as the published files are: same codes, same pixels."""
+    theirs = pytest.importorskip("dall_e", reason="pip install --no-deps DALL-E attrs requests to compare with it")
+    encoder = theirs.encoder.Encoder(n_hid=8, vocab_size=32)
+    decoder = theirs.decoder.Decoder(n_init=8, n_hid=8, vocab_size=32)
+    for module, name in ((encoder, "encoder"), (decoder, "decoder")):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        torch.save(module, tmp_path / f"{name}.pkl")
+    frames = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        codes = encoder(theirs.map_pixels(frames.permute(0, 3, 1, 2) / 255)).argmax(dim=1)
+        output = decoder(torch.nn.functional.one_hot(codes, 32).permute(0, 3, 1, 2).float())
+        pixels = theirs.unmap_pixels(torch.sigmoid(output[:, :3])).permute(0, 2, 3, 1)
+    for name in [name for name in sys.modules if name.split(".")[0] == "dall_e"]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if the package were not installed
+    model = dvae.load(tmp_path)
+    assert model.config == TINY
+    assert torch.equal(model.encode(frames), codes)
+    assert (model.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
+
+
+def test_openai_files_execute_nothing(tmp_path):
+    for bomb in (Bomb(tmp_path / "proof"), {"blocks": Bomb(tmp_path / "proof")}):
+        torch.save(bomb, tmp_path / "encoder.pkl")
+        torch.save(bomb, tmp_path / "decoder.pkl")
+        with pytest.raises(ValueError, match="OpenAI's encoder.pkl and decoder.pkl"):
+            dvae.load(tmp_path)
+    assert not (tmp_path / "proof").exists()
+    (tmp_path / "decoder.pkl").unlink()
+    torch.save(torch.zeros(3), tmp_path / "encoder.pkl")
+    with pytest.raises(ValueError, match="OpenAI"):
+        dvae.load(tmp_path)
 
 
 def test_initial_weights():
@@ -128,7 +164,7 @@ def test_load_executes_nothing(tmp_path):
     torch.save({"dvae": Bomb(tmp_path / "proof"), "config": {}}, tmp_path / "bomb.pt")
     (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "proof")))
     for name in ("bomb.pt", "bomb.pkl"):
-        with pytest.raises(ValueError, match=f"{name} is not a tokenizer written by dvae.py"):
+        with pytest.raises(ValueError, match=f"{name} is not a tokenizer of dvae.py"):
             dvae.load(tmp_path / name)
     assert not (tmp_path / "proof").exists()
     with pytest.raises(FileNotFoundError):

@@ -106,7 +106,7 @@ def setting(tmp_path):
 def run_probe(monkeypatch, folder, *arguments):
     base = ["probe.py", "--checkpoint", str(folder / "toto.pt"), "--out", str(folder / "out"), "--device", "cpu"]
     monkeypatch.setattr(
-        sys, "argv", [*base, "--data", str(folder / "images"), "--epochs", "8", "--lr", "0.01", *arguments]
+        sys, "argv", [*base, "--data", str(folder / "images"), "--epochs", "25", "--lr", "0.01", *arguments]
     )
     probe.main()
     return json.loads((folder / "out" / "probe.json").read_text())

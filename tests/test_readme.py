@@ -56,7 +56,7 @@ def test_the_map_leads_to_the_place(reference, script, name):
 
 def test_every_flag_in_the_readme_exists():
     for script, line in re.findall(r"^(?:python|torchrun.*?) (\w+\.py)(.*)$", README, flags=re.MULTILINE):
-        defined = set(re.findall(r'add\("(--[\w-]+)"', (ROOT / script).read_text()))
+        defined = set(re.findall(r'add\(\s*"(--[\w-]+)"', (ROOT / script).read_text()))
         for flag in re.findall(r"(?<!\S)--[\w-]+", line):
             assert flag in defined, f"{script} has no {flag}"
 

@@ -74,7 +74,7 @@ def undisturbed(tokens, tmp_path_factory):
 def test_a_run_learns_and_writes_its_files(undisturbed):
     values = losses(undisturbed)
     assert len(values) == 12 and values[-1] < values[0]
-    assert {p.name for p in undisturbed.iterdir()} == {"toto.pt", "log.jsonl", "samples.gif"}
+    assert {p.name for p in undisturbed.iterdir()} == {"toto.pt", "dvae.pt", "log.jsonl", "samples.gif"}
     last = json.loads((undisturbed / "log.jsonl").read_text().splitlines()[-1])["validation"]
     (result,) = last.values()
     assert (
@@ -172,39 +172,42 @@ def test_specs():
     assert train.parse_spec("a=b/c") == ("a=b/c", 1.0)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["train.py", "--size", "huge"], "--size huge: there is no such size; choose from tiny, base, large, 1b"),
-        (["train.py", "--data", "{tmp}/missing"], "{tmp}/missing: no such file or folder"),
-        (["train.py", "--data", "{tmp}/empty"], "{tmp}/empty: no images or videos here"),
-        (["train.py", "--data", "{tokens}/tokens", "--tokenizer", "{tmp}/other.pt"], "was made by another tokenizer"),
-        (["train.py", "--tokenizer", "{tmp}/noise.pt"], "{tmp}/noise.pt is not a tokenizer written by dvae.py"),
-        (["train.py", "--device", "abacus"], "--device abacus"),
-        (["data.py", "{tmp}/empty", "--out", "{tmp}/t", "--tokenizer", "{tokens}/dvae.pt"], "{tmp}/empty: no images or videos"),
-        (["probe.py", "--checkpoint", "{tmp}/missing.pt"], "No such file or directory: '{tmp}/missing.pt'"),
-        (["probe.py", "--checkpoint", "{tmp}/noise.pt"], "{tmp}/noise.pt is not a checkpoint written by train.py"),
-        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tmp}/other.pt"], "is not the tokenizer that"),
-        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--layer", "99"], "--layer 99: this model has layers 0"),
-        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--layer", "x"], "--layer x: give mid, all"),
-        (["probe.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--data", "{tmp}/empty"], "{tmp}/empty/train: no such folder"),
-        (["sample.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--prompt", "{tmp}/none.mp4"], "{tmp}/none.mp4: no such file"),
-        (["sample.py", "--checkpoint", "{done}/toto.pt", "--tokenizer", "{tokens}/dvae.pt", "--prompt", "{tmp}/noise.mp4"], "cannot be read as an image or a video"),
-        (["sample.py", "--prompt-frames", "20"], "--prompt-frames must be at least 1 and less than --frames"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_clear_line(arguments, message, tokens, undisturbed, tmp_path, monkeypatch, capsys):
+TRAINED = "--checkpoint {done}/toto.pt --tokenizer {tokens}/dvae.pt"
+BAD_INPUT = {
+    "train.py --size huge": "--size huge: there is no such size; choose from tiny, base, large, 1b",
+    "train.py --data {tmp}/missing": "{tmp}/missing: no such file or folder",
+    "train.py --data {tmp}/empty": "{tmp}/empty: no images or videos here",
+    "train.py --data {tokens}/tokens --tokenizer {tmp}/other.pt": "was made by another tokenizer",
+    "train.py --tokenizer {tmp}/noise.pt": "{tmp}/noise.pt is not a tokenizer of dvae.py",
+    "train.py --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
+    "train.py --device abacus": "--device abacus",
+    "train.py --resolution 60": "--resolution 60: must be a multiple of 8",
+    "data.py {tmp}/empty --out {tmp}/t --tokenizer {tokens}/dvae.pt": "{tmp}/empty: no images or videos here",
+    "data.py {tmp} --out {tmp}/t --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
+    "probe.py --checkpoint {tmp}/none.pt": "{tmp}/none.pt: no such file; train.py makes one",
+    "probe.py --checkpoint {tmp}/noise.pt": "{tmp}/noise.pt is not a checkpoint written by train.py",
+    "probe.py --checkpoint {done}/toto.pt --tokenizer {tmp}/other.pt": "is not the tokenizer that",
+    "probe.py --layer 99 " + TRAINED: "--layer 99: this model has layers 0 (the embedding) to 6",
+    "probe.py --layer x " + TRAINED: "--layer x: give mid, all, a number",
+    "probe.py --data {tmp}/empty " + TRAINED: "{tmp}/empty/train: no such folder",
+    "sample.py --prompt {tmp}/none.mp4 " + TRAINED: "{tmp}/none.mp4: no such file",
+    "sample.py --prompt {tmp}/noise.mp4 " + TRAINED: "{tmp}/noise.mp4: cannot be read as an image or a video",
+    "sample.py --prompt-frames 20": "--prompt-frames must be at least 1 and less than --frames",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_clear_line(command, tokens, undisturbed, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "noise.mp4").write_bytes(b"noise")
     dvae.save(dvae.DVAE(CONFIG), tmp_path / "other.pt")
     fill = lambda text: text.format(tmp=tmp_path, tokens=tokens, done=undisturbed)
-    script, *arguments = [fill(text) for text in arguments]
-    module = __import__(script.removesuffix(".py"))
-    monkeypatch.setattr(
-        sys, "argv", [script, *arguments] + ([] if script == "data.py" else ["--out", str(tmp_path / "out")])
-    )
+    script, *arguments = fill(command).split()
+    if script != "data.py":
+        arguments += ["--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as stop:
-        data.run(module.main)
+        data.run(__import__(script.removesuffix(".py")).main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: ") and fill(message) in error
+    assert stop.value.code == 2 and error.startswith("error: ") and fill(BAD_INPUT[command]) in error
