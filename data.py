@@ -29,7 +29,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import dvae
@@ -153,20 +153,36 @@ def find_media(root):
 def read_frames(path, resolution, stride=4):
     """Yield every stride-th frame of a video or image as uint8 (H, W, 3), upright, its short side `resolution` pixels.
 
-    §3.4: "resize it such that its shortest size is R pixels" and "sample every 4 frames". Raises OSError or ValueError
-    where the file cannot be decoded.
+    §3.4: "resize it such that its shortest size is R pixels" and "sample every 4 frames". Raises ValueError where the
+    file cannot be decoded or has no frames.
     """
-    if Path(path).suffix.lower() in IMAGE_TYPES:
-        with Image.open(path) as image:
-            for i, frame in enumerate(ImageSequence.Iterator(image)):  # an animated GIF has many, a JPEG one
-                if i % stride == 0:
-                    yield np.asarray(resize_short_side(upright_rgb(frame), resolution))
-    else:
-        # ffmpeg drops, rotates and scales the frames in a process of its own, beside our encoding.
-        keep = f"select=not(mod(n\\,{stride}))"
-        scale = f"scale={resolution}:{resolution}:force_original_aspect_ratio=increase:flags=bicubic"
-        options = ["-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
-        yield from iio.imiter(path, plugin="FFMPEG", output_params=options)
+    decode = decode_image if Path(path).suffix.lower() in IMAGE_TYPES else decode_video
+    n_frames = 0
+    try:
+        for frame in decode(path, resolution, stride):
+            yield frame
+            n_frames += 1
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        raise ValueError(f"{path}: cannot be read as an image or a video") from error
+    if n_frames == 0:
+        raise ValueError(f"{path}: has no frames")
+
+
+def decode_image(path, resolution, stride):
+    with Image.open(path) as image:
+        # Only these are animated; further pictures in a JPEG are previews.
+        n_frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
+        for i in range(0, n_frames, stride):
+            image.seek(i)
+            yield np.asarray(resize_short_side(upright_rgb(image), resolution))
+
+
+def decode_video(path, resolution, stride):
+    # ffmpeg drops, rotates and scales the frames in a process of its own, beside our encoding.
+    keep = f"select=not(mod(n\\,{stride}))"
+    scale = f"scale={resolution}:{resolution}:force_original_aspect_ratio=increase:flags=bicubic"
+    options = ["-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
+    yield from iio.imiter(path, plugin="FFMPEG", output_params=options)
 
 
 def upright_rgb(image):
@@ -240,8 +256,8 @@ def gather_frames(shards, count, resolution, seed=0, per_item=16):
             try:
                 place = rng.random(2)
                 new = [crop(frame, resolution, place) for frame in islice(items[i].read()[1], per_item)]
-            except Exception as error:  # whatever a damaged file makes a decoder raise
-                skipped[items[i].name] = error
+            except ValueError as error:
+                skipped[items[i].name] = str(error)
                 continue
             frames += new
             bar.update(len(new))
@@ -289,6 +305,7 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
         skipped, n_frames = {}, 0
         for i in todo:
             codes, index = encode_shard(shards[i], tokenizer, resolution, crops, bar)
+            (out / f"{i:05d}.json").unlink(missing_ok=True)  # of other files than these
             with dvae.atomic_open(out / f"{i:05d}.npy") as file:
                 np.save(file, codes)
             write_json(index, out / f"{i:05d}.json")  # last: a shard with an index is finished
@@ -317,13 +334,10 @@ def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=64):
                 n_frames += crops
                 if len(pending) >= batch_size:
                     encode_pending()
-        except Exception as error:  # whatever a damaged file makes a decoder raise
-            skipped[item.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        except ValueError as error:
+            skipped[item.name] = str(error)
         else:
-            if n_frames > first:
-                clips.append((item.name, labels, first, n_frames))
-            else:
-                skipped[item.name] = "no frames"
+            clips.append((item.name, labels, first, n_frames))
         bar.update()
     encode_pending()
     grid = resolution // dvae.PIXELS_PER_CODE
@@ -368,6 +382,8 @@ class Tokens:
             raise ValueError(
                 f"{folder}: not a finished token folder ({Path(error.filename).name} is missing)"
             ) from None
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder}: not a token folder of data.py ({error})") from None
         self.names = [name for shard in shards for name in shard["names"]]
         tasks = sorted({task for shard in shards for task in shard["labels"]})
         self.labels = {
@@ -397,8 +413,8 @@ class Tokens:
         """Which clips are for validation: about `share` of them, by a hash of the name, and at least one of several."""
         place = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in self.names])
         held_out = place < share
-        if not held_out.any() and share > 0 and len(set(self.names)) > 1:
-            held_out = place == place.min()
+        if share > 0 and held_out.all() or not held_out.any():
+            held_out = (place == place.min()) & (len(set(self.names)) > 1) & (share > 0)
         return held_out
 
 
@@ -430,7 +446,7 @@ class Source:
         """Sequence k of a pass, ids (F·h·w + 2,). `images` is the pass's order of images; rng moves windows about."""
         if k >= self.n_videos:
             k = (k - self.n_videos) * self.n_frames
-            picked = np.resize(images, k + self.n_frames)[k:]  # fewer than F images start over
+            picked = images[np.arange(k, k + self.n_frames) % len(images)]  # fewer than F images start over
             return to_sequence(np.concatenate([self.tokens.codes(i) for i in picked]), is_video=False)
         video = np.searchsorted(self.windows, k, side="right")
         clip = self.videos[video]
@@ -482,7 +498,8 @@ class Mixture:
 
 
 def is_token_folder(path):
-    return (Path(path) / "meta.json").exists()
+    meta = Path(path) / "meta.json"
+    return meta.exists() and '"tokenizer"' in meta.read_text()
 
 
 def shards_of(path, resolution, stride, n_frames):
@@ -544,6 +561,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        print("error: out of memory; try a smaller --micro-batch, --batch or --samples", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -553,14 +573,30 @@ def run(main):
         sys.exit(2)
 
 
+def positive(text):
+    """For argparse: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def resolution(text):
+    """For argparse: a side in pixels that makes whole codes."""
+    if positive(text) % dvae.PIXELS_PER_CODE:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {dvae.PIXELS_PER_CODE}")
+    return int(text)
+
+
 def pick_device(name=None):
-    """The device asked for, else the best there is; under torchrun every process has a GPU of its own."""
+    """The device asked for, else the best there is; under torchrun every process has a GPU of its own, or the CPU."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type == "cuda":
+            if device.index is None or "LOCAL_RANK" in os.environ:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -573,20 +609,20 @@ def load_model(checkpoint_path, tokenizer_path, device):
     dtype = fast_dtype(device)
     path = Path(tokenizer_path or Path(checkpoint_path).with_name("dvae.pt"))
     for needed in (Path(checkpoint_path), path):
-        if not needed.is_file():
+        if not needed.exists():
             raise ValueError(f"{needed}: no such file; train.py makes one")
     checkpoint, tokenizer = toto.load_checkpoint(checkpoint_path), dvae.load(path, device, dtype)
     if tokenizer.fingerprint() != checkpoint["tokenizer"]:
         raise ValueError(
             f"{path} is not the tokenizer that {checkpoint_path} was trained with; give it with --tokenizer"
         )
-    return toto.load(checkpoint_path, device, dtype), tokenizer, checkpoint
+    return toto.from_checkpoint(checkpoint, device, dtype), tokenizer, checkpoint
 
 
 def fast_dtype(device):
     """bfloat16 where the hardware multiplies it fast, float32 elsewhere (a CPU without the instructions is slower)."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if has_bf16 else torch.float32
@@ -602,9 +638,11 @@ def main():
     add("media", nargs="+", help="files, or folders, of images and videos")
     add("--out", required=True, type=Path, help="the token folder to write")
     add("--tokenizer", default="out/dvae.pt", help="a tokenizer trained by dvae.py")
-    add("--resolution", type=int, default=128, help="R of §3.4: side of the crops in pixels")
-    add("--stride", type=int, default=4, help="keep every n-th frame of a video")
-    add("--crops", type=int, default=1, help="1: the centre of each frame; more: as many random crops of each item")
+    add("--resolution", type=resolution, default=128, help="R of §3.4: side of the crops in pixels")
+    add("--stride", type=positive, default=4, help="keep every n-th frame of a video")
+    add(
+        "--crops", type=positive, default=1, help="1: the centre of each frame; more: as many random crops of each item"
+    )
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     device = pick_device(args.device)

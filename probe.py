@@ -1,11 +1,11 @@
-"""Probing: how good are the features of each layer (§3.5, §4.2, §4.3, §4.8)?
+"""Probing: how good are the frozen features of each layer (§3.5, §4.8)?
 
     python probe.py --layer all                    the built-in world: what moves (shape) and how it moves (motion)
     python probe.py --layer mid --data FOLDER      your data: FOLDER/train/<class>/* and FOLDER/val/<class>/*
     python probe.py --layer 0,3,6 --pool average   linear probes of three layers
 
 Reads a checkpoint of train.py and its tokenizer; the transformer stays frozen. All layers are probed in one pass, each
-by heads of its own. Prints accuracy over depth (the shape of Fig. 4) and writes probe.json to --out.
+by heads of its own. Prints accuracy over depth (as Fig. 4 plots it) and writes probe.json to --out.
 Shape letters: B clips, T visual tokens, D width, H heads, C classes.
 """
 
@@ -224,7 +224,7 @@ def accuracy(heads, features, split, batch, device):
 
 
 def print_table(results, layers, pools, classes, n_layers):
-    """§4.8: accuracy over depth, one row a layer and one text bar a head: Fig. 4 on its side."""
+    """§4.8: accuracy over depth, one row a layer and one text bar a head: Fig. 4 and Fig. 8 on their side."""
     for task, names in classes.items():
         print(f"\n{task}: {len(names)} classes, chance {1 / len(names):.1%}")
         print("layer  " + "".join(f"{pool:<32}" for pool in pools))
@@ -251,8 +251,8 @@ def main():
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for probe.json and cached tokens")
-    add("--epochs", type=int, default=20)
-    add("--batch", type=int, default=32)
+    add("--epochs", type=data.positive, default=20)
+    add("--batch", type=data.positive, default=32)
     add("--lr", type=float, default=2e-3)
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or mps (default: the best there is)")

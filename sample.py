@@ -23,7 +23,7 @@ import toto
 WORLD_CLIPS = range(3_000_000, 4_000_000)  # clips that no training ever sees
 
 
-def continue_video(model, codes, n_frames, window, is_video=True, progress=None, **how):
+def continue_video(model, codes, n_frames, window, progress=None, **how):
     """Continue codes int64 (B, F, h, w) to n_frames frames: (B, n_frames, h, w). `how` goes to Toto.generate.
 
     The model has learned windows of `window` frames. Up to there a sequence simply goes on. Beyond (64 frames in A.8),
@@ -34,7 +34,7 @@ def continue_video(model, codes, n_frames, window, is_video=True, progress=None,
     while codes.shape[1] < n_frames:
         kept = codes[:, -(window - 1) :]
         new = min(window, n_frames) - kept.shape[1] if codes.shape[1] < window else 1
-        start = kept.new_full((B, 1), toto.VIDEO_START if is_video else toto.IMAGE_START)
+        start = kept.new_full((B, 1), toto.VIDEO_START)
         ids = torch.cat((start, kept.flatten(1) + toto.FIRST_CODE), dim=1)
         ids = model.generate(ids, new * h * w, progress=progress, **how)
         added = ids[:, -new * h * w :].view(B, new, h, w) - toto.FIRST_CODE
@@ -50,11 +50,8 @@ def read_prompts(args, checkpoint):
         return np.stack([data.world_clip(i, args.frames, resolution).frames for i in clips])
     if not args.prompt.is_file():
         raise ValueError(f"--prompt {args.prompt}: no such file")
-    try:
-        frames = data.read_frames(args.prompt, resolution, checkpoint["stride"])
-        frames = np.stack([data.crop(frame, resolution) for frame in islice(frames, args.frames)])
-    except Exception as error:  # whatever a damaged file makes a decoder raise
-        raise ValueError(f"--prompt {args.prompt}: cannot be read as an image or a video") from error
+    frames = data.read_frames(args.prompt, resolution, checkpoint["stride"])
+    frames = np.stack([data.crop(frame, resolution) for frame in islice(frames, args.frames)])
     return np.repeat(frames[None], args.samples, axis=0)
 
 
@@ -64,9 +61,9 @@ def main():
     )
     add = parser.add_argument
     add("--prompt", type=Path, help="a video or image file (default: clips of the built-in world)")
-    add("--prompt-frames", type=int, default=4, help="how many of its frames the model is given")
-    add("--frames", type=int, default=16, help="frames in all, given and made")
-    add("--samples", type=int, default=4, help="how many continuations")
+    add("--prompt-frames", type=data.positive, default=4, help="how many of its frames the model is given")
+    add("--frames", type=data.positive, default=16, help="frames in all, given and made")
+    add("--samples", type=data.positive, default=4, help="how many continuations")
     add("--temperature", type=float, default=0.8, help="0 always takes the most probable code")
     add("--top-k", type=int, default=0, help="draw among the k most probable codes only; 0 for all")
     add("--top-p", type=float, default=0.9, help="draw among the fewest codes that have this probability together")
@@ -76,8 +73,10 @@ def main():
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
-    if not 1 <= args.prompt_frames < args.frames:
-        raise ValueError("--prompt-frames must be at least 1 and less than --frames")
+    if args.prompt_frames >= args.frames:
+        raise ValueError("--prompt-frames must be less than --frames")
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        raise ValueError("--temperature and --top-k must not be negative, --top-p must lie above 0 and up to 1")
 
     device = data.pick_device(args.device)
     model, tokenizer, checkpoint = data.load_model(args.checkpoint, args.tokenizer, device)

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Token ids (§3.4 fixes 1, 2 and 3). Not in the paper: 0 stays free, and code k of the tokenizer is id 4 + k.
-PADDING, VIDEO_START, END, IMAGE_START, FIRST_CODE = 0, 1, 2, 3, 4
+VIDEO_START, END, IMAGE_START, FIRST_CODE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ SIZES = {
 class Linear(nn.Linear):
     """A bias-free matrix that is stored in float32 and multiplies in the dtype of its input.
 
-    This is what autocast does, without its bookkeeping per operation: the optimizer sees float32 master weights, the
-    matrix units see bfloat16.
+    The optimizer sees float32 master weights, the matrix units see bfloat16. Unlike under autocast, everything between
+    the embedding and the logits is then in bfloat16, the residual stream too: less memory to move.
     """
 
     def __init__(self, n_in, n_out):
@@ -212,7 +212,7 @@ class Toto(nn.Module):
         """H_L (B, T, D) -> float32 logits (B, T, V). The float32 copy leaves out the embedding's padding rows."""
         return F.linear(self.norm(x), self.embedding.weight.to(x.dtype))[..., : self.config.vocab_size].float()
 
-    def forward(self, ids, targets=None, reduction="mean"):
+    def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the negative log-likelihood in nats per token.
 
         §3.1, Eq. 1: log p(x) = Σ_i log p(x_i | x_{i-1} … x_1), one term a position, all in one causal pass.
@@ -223,11 +223,13 @@ class Toto(nn.Module):
         logits = self.logits(x)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def features(self, ids, layers, causal=True):
-        """{l: H_l (B, T, D)} for the asked layers, 0 … L (§3.2, §3.5); nothing beyond the deepest is computed."""
+        """{l: H_l (B, T, D)} for the asked layers, 0 … L (§3.2, §3.5); nothing beyond the deepest is computed.
+
+        causal=False is A.2's full attention: every token sees every other.
+        """
         wanted = {}
         for l, x in enumerate(self.residual_stream(ids, causal)):
             if l in layers:
@@ -310,7 +312,10 @@ def load_checkpoint(path, device="cpu"):
 
 def load(path, device="cpu", compute_dtype=torch.float32):
     """The model of a checkpoint written by train.py, ready for features and samples."""
-    checkpoint = load_checkpoint(path, device)
-    model = Toto(checkpoint["config"], compute_dtype).to(device)
+    return from_checkpoint(load_checkpoint(path), device, compute_dtype)
+
+
+def from_checkpoint(checkpoint, device="cpu", compute_dtype=torch.float32):
+    model = Toto(checkpoint["config"], compute_dtype)
     model.load_state_dict(checkpoint["model"])
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)

@@ -17,6 +17,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4,
 LAPTOP = {"resolution": 64, "batch_tokens": 2**11, "steps": 2000, "lr": 4e-3, "warmup": 50, "save_every": 500}
 HELD_OUT = 0.05  # share of the clips kept for validation
 
-# Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by what the device's name contains.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71, "T4": 65}
+# Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "4090": 165, "3090": 71}
 
 
 def parse_arguments():
@@ -51,29 +52,29 @@ def parse_arguments():
     add("--size", default="tiny", help=f"one of {', '.join(toto.SIZES)}")
     add("--out", default="out", type=Path, help="folder for the checkpoint, the log and the samples")
     add("--tokenizer", type=Path, help="a dvae.pt (default: the one in --out, trained first if it is missing)")
-    add("--resolution", type=int, help=f"side of the frames in pixels (default: {about('resolution')})")
-    add("--frames", type=int, default=16, help="frames in a sequence")
-    add("--stride", type=int, default=4, help="keep every n-th frame of a video")
-    add("--steps", type=int, help=f"optimizer steps (default: {about('steps')})")
+    add("--resolution", type=data.resolution, help=f"side of the frames in pixels (default: {about('resolution')})")
+    add("--frames", type=data.positive, default=16, help="frames in a sequence, at least 2")
+    add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
+    add("--steps", type=data.positive, help=f"optimizer steps (default: {about('steps')})")
     add(
         "--batch-tokens",
-        type=int,
+        type=data.positive,
         help=f"visual tokens in a step, over all processes (default: {about('batch_tokens')})",
     )
-    add("--micro-batch", type=int, default=4, help="sequences in one forward pass of one process")
+    add("--micro-batch", type=data.positive, default=4, help="sequences in one forward pass of one process")
     add("--lr", type=float, help=f"peak learning rate (default: {about('lr')})")
     add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
-    add("--save-every", type=int, help=f"steps between checkpoints (default: {about('save_every')})")
+    add("--save-every", type=data.positive, help=f"steps between checkpoints (default: {about('save_every')})")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.size not in toto.SIZES:
         raise ValueError(f"--size {args.size}: there is no such size; choose from {', '.join(toto.SIZES)}")
+    if args.frames < 2:
+        raise ValueError("--frames 1: a sequence needs at least 2 frames")
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.resolution % dvae.PIXELS_PER_CODE:
-        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {dvae.PIXELS_PER_CODE}")
     return args
 
 
@@ -88,7 +89,8 @@ def main():
     device = data.pick_device(args.device)
     compute_dtype = data.fast_dtype(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A day: the others wait for as long as one trains the tokenizer or is not done tokenizing.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     is_main = rank == 0
     say = print if is_main else lambda *words: None
 
@@ -117,7 +119,10 @@ def main():
     model = toto.Toto(config, compute_dtype).to(device)
     optimizer = make_optimizer(model, args.lr)
     checkpoint_path, log_path = args.out / "toto.pt", args.out / "log.jsonl"
-    first_step = resume(checkpoint_path, model, optimizer, meta["tokenizer"], device)
+    # What decides which sequences a step sees: a run that goes on must have the same.
+    plan = {"tokenizer": meta["tokenizer"], "grid": meta["grid"], "data": specs, "frames": args.frames}
+    plan |= {"sequences in a step": n_sequences, "seed": args.seed}
+    first_step = resume(checkpoint_path, model, optimizer, plan, device)
     flops_per_step = model.flops_per_token(tokens_per_sequence) * n_sequences * tokens_per_sequence
     peak_flops = world_size * peak_flops_per_second(device, compute_dtype)
     say(
@@ -128,10 +133,15 @@ def main():
     if is_main:
         trim_log(log_path, first_step)
 
-    # Ctrl-C and SIGTERM ask the loop to save and leave after the step it is in.
-    asked_to_stop = []
+    # Ctrl-C and SIGTERM ask the loop to save and leave after the step it is in; asked again, they end it at once.
+    signals = []
+
+    def ask_to_stop(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked_to_stop.append(True))
+        signal.signal(number, ask_to_stop)
 
     trained = model
     if world_size > 1:
@@ -146,7 +156,7 @@ def main():
         # This process's share of the step's sequences; which they are depends on nothing but the seed and the step.
         mine = [mixture.sequence(step * n_sequences + i)[0] for i in range(rank, n_sequences, world_size)]
         micro_batches = torch.as_tensor(np.stack(mine)).split(args.micro_batch)
-        total_loss = torch.zeros(2, device=device)
+        loss_and_stop = torch.zeros(2, device=device)
         for i, ids in enumerate(micro_batches):
             # Gradients add up over micro-batches; processes exchange them once, in the backward pass of the last one.
             # That is decided before the forward pass, where DDP reads the flag.
@@ -155,18 +165,22 @@ def main():
                 ids = ids.to(device)
                 loss = trained(ids[:, :-1], ids[:, 1:]) * len(ids) / len(mine)  # Eq. 2
                 loss.backward()
-            total_loss[0] += loss.detach()
+            loss_and_stop[0] += loss.detach() / world_size
         # Not in the paper: gradients clipped at norm 1, as LLaMA does.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-        if world_size > 1:  # the mean loss, and whether any process was asked to stop
-            total_loss[1] = len(asked_to_stop)
-            dist.all_reduce(total_loss)
-            asked_to_stop = [True] * int(total_loss[1].item())
-        loss = total_loss[0].item() / world_size
+        loss_and_stop[1] = len(signals)
+        if world_size > 1:  # all processes must agree on whether to stop
+            dist.all_reduce(loss_and_stop)
+        loss, stop = loss_and_stop.tolist()
         seconds = time.perf_counter() - started
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise ValueError(
+                f"step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}; nothing of it was saved, and a "
+                "lower --lr can go on from the last checkpoint"
+            )
         if is_main:
             speed, mfu = n_sequences * tokens_per_sequence / seconds, flops_per_step / seconds / peak_flops
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
@@ -176,10 +190,10 @@ def main():
                 | {"grad_norm": grad_norm.item(), "tokens_per_second": speed, "mfu": mfu},
             )
         done = step + 1
-        if done % args.save_every == 0 or done == args.steps or asked_to_stop:
+        if done % args.save_every == 0 or done == args.steps or stop:
             if is_main:  # first of all: what comes after may fail
-                save(checkpoint_path, model, optimizer, done, meta, args)
-            if asked_to_stop:
+                save(checkpoint_path, model, optimizer, done, plan, meta)
+            if stop:
                 progress.close()
                 say(f"stopped and saved at step {done:,}; the same command goes on from there")
                 raise KeyboardInterrupt
@@ -189,7 +203,11 @@ def main():
                 report = ", ".join(f"{name} {result['loss']:.3f}" for name, result in results.items())
                 tqdm.write(f"step {done:,}: validation loss {report}")
 
-    results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
+    if first_step >= args.steps:
+        say(f"{checkpoint_path} has all {args.steps:,} steps already; give more --steps, or another --out")
+        results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     if is_main:
         print_results(results)
         if tokenizer is not None:
@@ -199,24 +217,27 @@ def main():
 
 
 def parse_spec(spec):
-    """PATH or PATH=WEIGHT -> (path, weight). Not in the paper: sources without a weight get 1."""
+    """PATH or PATH=WEIGHT -> [path, weight]. Not in the paper: sources without a weight get 1."""
     path, _, weight = spec.rpartition("=")
     try:
-        return (path, float(weight)) if path else (spec, 1.0)
+        weight = float(weight)
     except ValueError:
-        return spec, 1.0  # a path with "=" in it
+        return [spec, 1.0]  # no weight, or a path with "=" in it
+    if not path or not 1e-4 <= weight <= 1e4:
+        raise ValueError(f"--data {spec}: a weight must lie between 0.0001 and 10,000")
+    return [path, weight]
 
 
 def prepare_tokenizer(args, specs, device, compute_dtype, is_main):
     """The tokenizer, trained first on the same data where there is none; None where token folders need no encoding."""
     path = args.tokenizer or args.out / "dvae.pt"
     if not path.exists() and args.tokenizer is None:
-        to_encode = [spec for spec in specs if not data.is_token_folder(spec[0])]
-        if not to_encode:
+        media = [source for source, _ in specs if not data.is_token_folder(source)]
+        if not media:
             return None
         if is_main:
             print(f"no tokenizer at {path}: training one on the same data")
-            dvae.train_on([spec[0] for spec in to_encode], path, args.resolution, args.seed, device, compute_dtype)
+            dvae.train_on(media, path, args.resolution, args.stride, args.seed, device, compute_dtype)
         if dist.is_initialized():
             dist.barrier()
     tokenizer = dvae.load(path, device, compute_dtype)
@@ -270,7 +291,7 @@ def peak_flops_per_second(device, dtype):
     """The device's matrix rate, which MFU is a share of: from the table, else from a matrix product here and now."""
     if device.type == "cuda":
         for name, tflops in PEAK_TFLOPS.items():
-            if name in torch.cuda.get_device_name(device):
+            if name in torch.cuda.get_device_name(device).split() and dtype == torch.bfloat16:
                 return tflops * 1e12
     n = 1024 if device.type == "cpu" else 4096
     a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
@@ -281,34 +302,32 @@ def peak_flops_per_second(device, dtype):
     return 2 * n**3 / min(seconds)
 
 
-def save(path, model, optimizer, step, meta, args):
+def save(path, model, optimizer, step, plan, meta):
     """One file with everything that going on needs; the sampler has no state but the seed and the step."""
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "config": asdict(model.config),
+        "plan": plan,
         "tokenizer": meta["tokenizer"],
         "resolution": meta["resolution"],
         "stride": meta["stride"],
-        "frames": args.frames,
-        "seed": args.seed,
+        "frames": plan["frames"],
     }
     with dvae.atomic_open(path) as file:
         torch.save(checkpoint, file)
 
 
-def resume(path, model, optimizer, tokenizer_hash, device):
+def resume(path, model, optimizer, plan, device):
     """Load model and optimizer from the checkpoint, if there is one; return the step to go on at."""
     if not path.exists():
         return 0
     checkpoint = toto.load_checkpoint(path, device)
-    for what, there, here in (
-        ("config", checkpoint["config"], model.config),
-        ("tokenizer", checkpoint["tokenizer"], tokenizer_hash),
-    ):
-        if there != here:
-            raise ValueError(f"{path}: has {what} {there}, this run {here}; choose another --out")
+    there, here = checkpoint["plan"] | {"model": checkpoint["config"]}, plan | {"model": model.config}
+    for what in here:
+        if there.get(what) != here[what]:
+            raise ValueError(f"{path}: its {what} is {there.get(what)}, here it is {here[what]}; give another --out")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"]
@@ -323,7 +342,14 @@ def trim_log(path, step):
     """Drop the lines of steps that were taken after the last checkpoint, and will be taken again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+
+    def is_kept(line):
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:  # a line that was cut off
+            return False
+
+    kept = [line for line in lines if is_kept(line)]
     with dvae.atomic_open(path) as file:
         file.write("".join(line + "\n" for line in kept).encode())
 

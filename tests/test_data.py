@@ -119,7 +119,9 @@ def test_validation_clips_are_disjoint_and_fixed(tmp_path):
     more = fake_tokens(tmp_path / "more", [4] * 600)
     assert set(data.Source(more, 4, True, share=0.1).videos) & set(range(300)) == set(held_out.videos)
     few = fake_tokens(tmp_path / "few", [4, 4, 4])
-    assert len(data.Source(few, 4, True, share=0.01)) == 1
+    assert len(data.Source(few, 4, True, share=0.01)) == 1 and len(data.Source(few, 4, True, share=1.0)) == 1
+    one = fake_tokens(tmp_path / "one", [4])
+    assert len(data.Source(one, 4, False, share=1.0)) == 1  # a single clip is for training
 
 
 # -------------------------------------------------------------------------------------------------------------- media
@@ -303,6 +305,7 @@ def test_world_labels_masks_and_positions_are_true():
         assert moves[clip.labels["motion"]], clip.labels
         seen.add(clip.labels["motion"])
         for frame, mask, position in zip(clip.frames, clip.masks, clip.positions):
+            assert mask.mean() > 0.015  # never wholly hidden by the small disc
             if mask.any():
                 colours = frame[mask].astype(int)
                 assert (abs(colours - np.median(colours, axis=0)).max(axis=1) < 130).mean() > 0.9

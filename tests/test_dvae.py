@@ -116,7 +116,7 @@ def test_training_learns_and_uses_its_codes():
     mean = frames.mean(axis=(0, 1, 2))
     constant = 20 * np.log10(255) - 10 * np.log10(((frames - mean) ** 2).mean())
     assert score["psnr"] > constant + 2
-    assert score["codes_in_use"] >= 16 and score["perplexity"] > 4
+    assert score["codes_in_use"] >= 12 and score["perplexity"] > 4
 
 
 def test_measure_by_hand():

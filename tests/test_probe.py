@@ -79,7 +79,7 @@ def test_layers():
 
 @pytest.fixture
 def setting(tmp_path):
-    """A model, its tokenizer, and a folder of images of two classes that differ in brightness."""
+    """A model, its tokenizer, and a folder of images of two classes that differ in colour."""
     torch.manual_seed(0)
     tokenizer = dvae.DVAE(dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0))
     dvae.save(tokenizer, tmp_path / "dvae.pt")
@@ -95,11 +95,11 @@ def setting(tmp_path):
     torch.save(checkpoint | {"resolution": 16, "stride": 4, "frames": 4}, tmp_path / "toto.pt")
     rng = np.random.default_rng(0)
     for split, n in (("train", 40), ("val", 20)):
-        for name, level in (("dark", 40), ("light", 200)):
+        for name, level in (("blue", (40, 40, 200)), ("red", (200, 40, 40))):
             for i in range(n):
                 path = tmp_path / "images" / split / name / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                data.Image.fromarray(rng.integers(level - 30, level + 30, (16, 16, 3)).astype(np.uint8)).save(path)
+                data.Image.fromarray((level + rng.integers(-5, 5, (16, 16, 3))).astype(np.uint8)).save(path)
     return tmp_path
 
 
@@ -115,7 +115,7 @@ def run_probe(monkeypatch, folder, *arguments):
 def test_probing_an_image_folder(setting, monkeypatch, capsys):
     before = (setting / "toto.pt").read_bytes()
     report = run_probe(monkeypatch, setting, "--layer", "all")
-    assert report["classes"] == {"class": ["dark", "light"]} and report["clips"] == [80, 40]
+    assert report["classes"] == {"class": ["blue", "red"]} and report["clips"] == [80, 40]
     top1 = {(row["pool"], row["layer"]): row["top1"] for row in report["accuracy"]}
     assert set(top1) == {(pool, l) for pool in ("attention", "average") for l in range(4)}
     assert top1["average", 2] > 0.9 and top1["attention", 2] > 0.9

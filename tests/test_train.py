@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,11 @@ def run(arguments, launcher=(sys.executable,), status=0):
     return done
 
 
-def losses(out):
+def losses(out, key="loss"):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))  # every step once and in order
-    return [line["loss"] for line in steps]
+    return [line[key] for line in steps]
 
 
 def assert_same_checkpoint(a, b):
@@ -104,11 +105,83 @@ def test_stop_and_go_on_exactly(tokens, undisturbed, tmp_path, sign):
 
 
 def test_two_processes_and_micro_batches_give_the_same_losses(tokens, undisturbed, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
-    run(command(tokens, tmp_path / "two", "--steps", "12"), launcher)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run(command(tokens, tmp_path / "two", "--steps", "12", "--micro-batch", "1"), launcher)
     run(command(tokens, tmp_path / "micro", "--steps", "12", "--micro-batch", "1"))
     for out in ("two", "micro"):
-        assert losses(tmp_path / out) == pytest.approx(losses(undisturbed), rel=3e-3)  # bfloat16 rounds
+        for key in ("loss", "grad_norm"):  # bfloat16 rounds, and the gradient more than the loss
+            assert losses(tmp_path / out, key) == pytest.approx(
+                losses(undisturbed, key), rel=0.003 if key == "loss" else 0.05
+            )
+
+
+def in_process(monkeypatch, script, *arguments):
+    """Run a program's main here, with its arguments; the signal handlers it sets are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    try:
+        __import__(script.removesuffix(".py")).main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
+    """A folder of videos and images, one of them broken: tokenizer, tokens, training and samples by one command."""
+    for i in range(4):
+        (tmp_path / "media").mkdir(exist_ok=True)
+        data.iio.imwrite(tmp_path / f"media/{i}.mp4", data.world_clip(i, 9, 48).frames, plugin="FFMPEG", fps=8)
+        data.Image.fromarray(data.world_clip(i, 1, 48).frames[0]).save(tmp_path / f"media/{i}.png")
+    (tmp_path / "media/broken.mp4").write_bytes((tmp_path / "media/0.mp4").read_bytes()[:200])
+    monkeypatch.setattr(dvae, "train_on", partial(dvae.train_on, steps=12))
+    small = ["--resolution", 32, "--frames", 4, "--stride", 2, "--batch-tokens", 128, "--warmup", 1, "--device", "cpu"]
+    arguments = ["--data", tmp_path / "media", "--out", tmp_path / "out", "--steps", 3, *small]
+    in_process(monkeypatch, "train.py", *arguments)
+    output = capsys.readouterr()
+    assert (
+        "training one on the same data" in output.out
+        and "skipped 1 file(s) that cannot be read: broken.mp4" in output.err
+    )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "dvae.pt",
+        "toto.pt",
+        "log.jsonl",
+        "samples.gif",
+        "tokens",
+    }
+    tokens = data.Tokens(next((tmp_path / "out/tokens").iterdir()))
+    assert sorted(tokens.length.tolist()) == [1, 1, 1, 1, 5, 5, 5, 5]
+    # Once more: nothing is left to do, and it says so. With other settings it does not go on.
+    in_process(monkeypatch, "train.py", *arguments)
+    assert "has all 3 steps already" in capsys.readouterr().out
+    for change, what in (
+        (["--seed", 1], "seed is 0, here it is 1"),
+        (["--batch-tokens", 256], "sequences in a step is 2"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            in_process(monkeypatch, "train.py", *arguments, *change)
+    # The token folder can be made, and the tokenizer looked at, by the other two programs.
+    made = tmp_path / "made"
+    tokenizer = ["--tokenizer", tmp_path / "out/dvae.pt"]
+    in_process(monkeypatch, "data.py", tmp_path / "media", "--out", made, *tokenizer, "--resolution", 32, "--stride", 2)
+    assert np.array_equal(data.Tokens(made).codes(5), tokens.codes(5))
+    in_process(
+        monkeypatch,
+        "dvae.py",
+        "--reconstruct",
+        tmp_path / "media/1.mp4",
+        "--out",
+        tmp_path / "out/dvae.pt",
+        "--resolution",
+        32,
+    )
+    assert data.Image.open(tmp_path / "out/1-reconstructed.png").size == (3 * 132, 2 * 146)
+
+
+def test_a_diverged_run_stops_before_it_saves(tokens, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nothing of it was saved"):
+        in_process(monkeypatch, *command(tokens, tmp_path, "--steps", "12", "--lr", "1e30"))
+    assert not (tmp_path / "toto.pt").exists()
 
 
 def test_schedule():
@@ -127,7 +200,7 @@ def test_optimizer_follows_the_paper():
     model = toto.Toto(toto.SIZES["tiny"])
     groups = train.make_optimizer(model, 3e-4).param_groups
     assert all(g["betas"] == (0.9, 0.95) and g["lr"] == 3e-4 for g in groups)
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
 
 
@@ -168,8 +241,11 @@ def test_evaluate_by_hand(tokens):
 
 
 def test_specs():
-    assert train.parse_spec("a/b") == ("a/b", 1.0) and train.parse_spec("a/b=0.6") == ("a/b", 0.6)
-    assert train.parse_spec("a=b/c") == ("a=b/c", 1.0)
+    assert train.parse_spec("a/b") == ["a/b", 1.0] and train.parse_spec("a/b=0.6") == ["a/b", 0.6]
+    assert train.parse_spec("a=b/c") == ["a=b/c", 1.0]
+    for spec in ("a=0", "a=-1", "a=inf", "a=nan"):
+        with pytest.raises(ValueError, match="a weight must lie between"):
+            train.parse_spec(spec)
 
 
 TRAINED = "--checkpoint {done}/toto.pt --tokenizer {tokens}/dvae.pt"
@@ -181,18 +257,21 @@ BAD_INPUT = {
     "train.py --tokenizer {tmp}/noise.pt": "{tmp}/noise.pt is not a tokenizer of dvae.py",
     "train.py --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
     "train.py --device abacus": "--device abacus",
-    "train.py --resolution 60": "--resolution 60: must be a multiple of 8",
+    "train.py --resolution 60": "argument --resolution: must be a multiple of 8",
+    "train.py --frames 1": "--frames 1: a sequence needs at least 2 frames",
+    "train.py --steps 0": "argument --steps: must be at least 1",
     "data.py {tmp}/empty --out {tmp}/t --tokenizer {tokens}/dvae.pt": "{tmp}/empty: no images or videos here",
     "data.py {tmp} --out {tmp}/t --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
     "probe.py --checkpoint {tmp}/none.pt": "{tmp}/none.pt: no such file; train.py makes one",
-    "probe.py --checkpoint {tmp}/noise.pt": "{tmp}/noise.pt is not a checkpoint written by train.py",
+    "probe.py --checkpoint {tmp}/noise.pt --tokenizer {tokens}/dvae.pt": "{tmp}/noise.pt is not a checkpoint written by train.py",
     "probe.py --checkpoint {done}/toto.pt --tokenizer {tmp}/other.pt": "is not the tokenizer that",
     "probe.py --layer 99 " + TRAINED: "--layer 99: this model has layers 0 (the embedding) to 6",
     "probe.py --layer x " + TRAINED: "--layer x: give mid, all, a number",
     "probe.py --data {tmp}/empty " + TRAINED: "{tmp}/empty/train: no such folder",
     "sample.py --prompt {tmp}/none.mp4 " + TRAINED: "{tmp}/none.mp4: no such file",
     "sample.py --prompt {tmp}/noise.mp4 " + TRAINED: "{tmp}/noise.mp4: cannot be read as an image or a video",
-    "sample.py --prompt-frames 20": "--prompt-frames must be at least 1 and less than --frames",
+    "sample.py --top-p 0": "--top-p must lie above 0",
+    "sample.py --prompt-frames 20": "--prompt-frames must be less than --frames",
 }
 
 
@@ -210,4 +289,4 @@ def test_bad_input_is_one_clear_line(command, tokens, undisturbed, tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         data.run(__import__(script.removesuffix(".py")).main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: ") and fill(BAD_INPUT[command]) in error
+    assert stop.value.code == 2 and "error: " in error and fill(BAD_INPUT[command]) in error
