@@ -6,20 +6,11 @@ from collections import Counter
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
 import dvae
 import toto
-
-TINY = dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0)
-
-
-@pytest.fixture
-def tokenizer():
-    torch.manual_seed(0)
-    return dvae.DVAE(TINY).eval()
 
 
 def write_video(path, n_frames, size=(48, 64), fps=30):
@@ -196,10 +187,10 @@ def make_media(root):
     write_video(root / "b/clip é.mp4", 12)
 
 
-def test_tokenize_a_folder(tmp_path, tokenizer, capsys):
+def test_tokenize_a_folder(tmp_path, untrained_tokenizer, capsys):
     make_media(tmp_path / "media")
     shards = data.media_shards(tmp_path / "media", 16, 4)
-    data.tokenize(shards, tmp_path / "t", tokenizer, 16, 4)
+    data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 4)
     assert "skipped 1 file(s) that cannot be read: broken.jpg" in capsys.readouterr().err
     tokens = data.Tokens(tmp_path / "t")
     assert tokens.names == ["a/one.png", "a/two.png", "b/three.png", "b/clip é.mp4"]
@@ -207,18 +198,18 @@ def test_tokenize_a_folder(tmp_path, tokenizer, capsys):
     # What is stored is what the tokenizer says of each file on its own.
     for clip, name in enumerate(tokens.names):
         frames = np.stack([data.crop(f, 16) for f in data.read_frames(tmp_path / "media" / name, 16, 4)])
-        assert np.array_equal(tokens.codes(clip), tokenizer.encode(frames).numpy()), name
-    assert tokens.meta["tokenizer"] == tokenizer.fingerprint() and tokens.meta["precision"] == "float32"
+        assert np.array_equal(tokens.codes(clip), untrained_tokenizer.encode(frames).numpy()), name
+    assert tokens.meta["tokenizer"] == untrained_tokenizer.fingerprint() and tokens.meta["precision"] == "float32"
 
 
-def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, tokenizer, monkeypatch):
+def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, untrained_tokenizer, monkeypatch):
     """A stop in the middle and a second run give the folder of an undisturbed run, file by file; so do two processes."""
     shards = data.world_shards(range(40), 32, n_frames=3)
     assert len(shards) == 3
     read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-    data.tokenize(shards, tmp_path / "whole", tokenizer, 32, 1)
+    data.tokenize(shards, tmp_path / "whole", untrained_tokenizer, 32, 1)
     for rank in (1, 0):
-        data.tokenize(shards, tmp_path / "shared", tokenizer, 32, 1, rank=rank, world_size=2)
+        data.tokenize(shards, tmp_path / "shared", untrained_tokenizer, 32, 1, rank=rank, world_size=2)
     assert read(tmp_path / "shared") == read(tmp_path / "whole")
 
     encode, calls = dvae.DVAE.encode, []
@@ -231,17 +222,17 @@ def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, tokenizer, monke
 
     monkeypatch.setattr(dvae.DVAE, "encode", dying_encode)
     with pytest.raises(KeyboardInterrupt):
-        data.tokenize(shards, tmp_path / "cut", tokenizer, 32, 1)
+        data.tokenize(shards, tmp_path / "cut", untrained_tokenizer, 32, 1)
     with pytest.raises(ValueError, match="not a finished token folder"):
         data.Tokens(tmp_path / "cut")
-    data.tokenize(shards, tmp_path / "cut", tokenizer, 32, 1)
+    data.tokenize(shards, tmp_path / "cut", untrained_tokenizer, 32, 1)
     assert read(tmp_path / "cut") == read(tmp_path / "whole")
     n = len(calls)
-    data.tokenize(shards, tmp_path / "cut", tokenizer, 32, 1)
+    data.tokenize(shards, tmp_path / "cut", untrained_tokenizer, 32, 1)
     assert len(calls) == n  # nothing was left to do
 
 
-def test_crops_are_clips_of_their_own(tmp_path, tokenizer):
+def test_crops_are_clips_of_their_own(tmp_path, untrained_tokenizer):
     shards = [
         [
             data.Item(
@@ -249,22 +240,22 @@ def test_crops_are_clips_of_their_own(tmp_path, tokenizer):
             )
         ]
     ]
-    data.tokenize(shards, tmp_path / "t", tokenizer, 16, 1, crops=3)
+    data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 1, crops=3)
     tokens = data.Tokens(tmp_path / "t")
     frames = shards[0][0].read()[1]
     assert tokens.length.tolist() == [5, 5, 5] and tokens.names == ["v", "v", "v"]
-    candidates = [tokenizer.encode(frames[:, :, left : left + 16]).numpy() for left in range(33)]
+    candidates = [untrained_tokenizer.encode(frames[:, :, left : left + 16]).numpy() for left in range(33)]
     for clip in range(3):  # every crop is the same place in all frames of the clip
         assert any(np.array_equal(tokens.codes(clip), c) for c in candidates)
 
 
-def test_a_folder_made_otherwise_is_refused(tmp_path, tokenizer):
+def test_a_folder_made_otherwise_is_refused(tmp_path, untrained_tokenizer):
     shards = data.world_shards(range(2), 16, n_frames=2)
-    data.tokenize(shards, tmp_path / "t", tokenizer, 16, 1)
+    data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 1)
     with pytest.raises(ValueError, match="was made with stride 1, not 4"):
-        data.tokenize(shards, tmp_path / "t", tokenizer, 16, 4)
+        data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 4)
     with pytest.raises(ValueError, match="was made with tokenizer"):
-        data.tokenize(shards, tmp_path / "t", dvae.DVAE(TINY), 16, 1)
+        data.tokenize(shards, tmp_path / "t", dvae.DVAE(untrained_tokenizer.config), 16, 1)
 
 
 def test_folders_without_media(tmp_path):

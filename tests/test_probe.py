@@ -78,11 +78,10 @@ def test_layers():
 
 
 @pytest.fixture
-def setting(tmp_path):
+def setting(tmp_path, untrained_tokenizer):
     """A model, its tokenizer, and a folder of images of two classes that differ in colour."""
     torch.manual_seed(0)
-    tokenizer = dvae.DVAE(dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0))
-    dvae.save(tokenizer, tmp_path / "dvae.pt")
+    dvae.save(untrained_tokenizer, tmp_path / "dvae.pt")
     model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=3, hidden=32, vocab_size=36))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else None
@@ -90,7 +89,7 @@ def setting(tmp_path):
         "model": model.state_dict(),
         "config": vars(model.config),
         "step": 0,
-        "tokenizer": tokenizer.fingerprint(),
+        "tokenizer": untrained_tokenizer.fingerprint(),
     }
     torch.save(checkpoint | {"resolution": 16, "stride": 4, "frames": 4}, tmp_path / "toto.pt")
     rng = np.random.default_rng(0)

@@ -49,9 +49,7 @@ def test_a_prompt_longer_than_the_window(model):
         assert torch.equal(codes[:, 6:], greedy_frame(model, prompt[:, 3:]))
 
 
-def write_checkpoint(folder, model):
-    torch.manual_seed(0)
-    tokenizer = dvae.DVAE(dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0))
+def write_checkpoint(folder, model, tokenizer):
     dvae.save(tokenizer, folder / "dvae.pt")
     checkpoint = {
         "model": model.state_dict(),
@@ -63,8 +61,8 @@ def write_checkpoint(folder, model):
 
 
 @pytest.mark.parametrize("prompt", ["world", "video", "image"])
-def test_the_program(model, tmp_path, monkeypatch, prompt):
-    write_checkpoint(tmp_path, model)
+def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
+    write_checkpoint(tmp_path, model, untrained_tokenizer)
     arguments = [
         "sample.py",
         "--checkpoint",

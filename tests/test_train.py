@@ -21,17 +21,14 @@ import train
 ROOT = Path(__file__).parent.parent
 # One thread: on two cores, two processes with two threads each would mostly wait for one another.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-CONFIG = dvae.Config(n_hid=4, blocks_per_group=1, n_init=4, vocab_size=32, residual_gain=1.0)
 
 
 @pytest.fixture(scope="session")
-def tokens(tmp_path_factory):
+def tokens(tmp_path_factory, untrained_tokenizer):
     """A token folder of small world clips, its tokenizer beside it."""
     folder = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    tokenizer = dvae.DVAE(CONFIG).eval()
-    dvae.save(tokenizer, folder / "dvae.pt")
-    data.tokenize(data.world_shards(range(60), 32, n_frames=4), folder / "tokens", tokenizer, 32, 1)
+    dvae.save(untrained_tokenizer, folder / "dvae.pt")
+    data.tokenize(data.world_shards(range(60), 32, n_frames=4), folder / "tokens", untrained_tokenizer, 32, 1)
     return folder
 
 
@@ -127,7 +124,7 @@ def in_process(monkeypatch, script, *arguments):
 
 
 def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
-    """A folder of videos and images, one of them broken: tokenizer, tokens, training and samples by one command."""
+    """A folder of videos and images, one of them broken: everything by one command, then the other programs."""
     for i in range(4):
         (tmp_path / "media").mkdir(exist_ok=True)
         data.iio.imwrite(tmp_path / f"media/{i}.mp4", data.world_clip(i, 9, 48).frames, plugin="FFMPEG", fps=8)
@@ -276,11 +273,11 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("command", BAD_INPUT)
-def test_bad_input_is_one_clear_line(command, tokens, undisturbed, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_clear_line(command, untrained_tokenizer, tokens, undisturbed, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "noise.mp4").write_bytes(b"noise")
-    dvae.save(dvae.DVAE(CONFIG), tmp_path / "other.pt")
+    dvae.save(dvae.DVAE(untrained_tokenizer.config), tmp_path / "other.pt")
     fill = lambda text: text.format(tmp=tmp_path, tokens=tokens, done=undisturbed)
     script, *arguments = fill(command).split()
     if script != "data.py":
