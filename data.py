@@ -41,7 +41,7 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 WORLD, WORLD_CLIPS = "world", 1600  # its name as a source, and how many clips one trains on
 MOTIONS = ("horizontal", "vertical", "diagonal", "clockwise", "counter-clockwise", "pulsing")
-COLOURS = ((230, 40, 40), (50, 80, 235), (240, 220, 40), (245, 245, 245))
+COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40), (245, 245, 245))
 GROUNDS = ((60, 60, 70), (120, 150, 120), (130, 100, 120))
 
 
@@ -56,62 +56,58 @@ class WorldClip:
 def world_clip(index, n_frames=16, resolution=64, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    A large object of some shape moves in some way over a textured ground; a small disc moves in a straight line,
-    bounces off the borders, and passes before or behind it. What the large one is shows in a single frame, though not
-    in a single pixel; how it moves shows only over several. Places are multiples of 1/16 of the side and steps of 1/8,
-    half a code and a code at the default resolution: what minutes of training can learn to move.
+    A large object of some shape moves in some way over a textured ground; a small disc moves in a straight line, or
+    rests, and passes before or behind it. What the large one is shows in a single frame, though not in a single pixel;
+    how it moves shows only over several. The frame is a board of 8 x 8 cells, one code each at the default resolution,
+    and everything steps from cell to cell: the simplest motion that minutes of training on a laptop can learn.
     """
     rng = np.random.default_rng([seed, index])
-    R, t = resolution, np.arange(n_frames)
+    t = np.arange(n_frames)
     shape, motion = SHAPES[rng.integers(len(SHAPES))], MOTIONS[rng.integers(len(MOTIONS))]
     large_colour, small_colour = rng.permutation(COLOURS)[:2]
     texture = (rng.integers(-12, 13, (6, 6, 1)) + GROUNDS[rng.integers(len(GROUNDS))]).astype(np.uint8)
-    texture = Image.fromarray(texture).resize((R, R), Image.Resampling.BICUBIC)
+    texture = Image.fromarray(texture).resize((resolution, resolution), Image.Resampling.BICUBIC)
     frames = np.repeat(np.asarray(texture, dtype=np.float32)[None], n_frames, axis=0)  # (F, R, R, 3)
 
-    # The large object's centre and radius over time, in lattice units: the frame is 16 x 16.
-    radius = np.full(n_frames, 3.0)
-    x, y = rng.integers(3, 14, (2, 1)) + 0 * t
-    way_x, way_y = rng.choice((-1, 1), 2)
+    # The cell of the large object's centre, 1 to 6, and its radius in cells, over time; y points down.
+    x, y = rng.integers(1, 7, (2, 1)) + 0 * t
+    radius = np.full(n_frames, 1.5)
     if motion in ("horizontal", "diagonal"):
-        x = bounce(x, 2 * way_x, 3)
+        x = bounce(x, rng.choice((-1, 1)), 1, 6)
     if motion in ("vertical", "diagonal"):
-        y = bounce(y, 2 * way_y, 3)
-    if motion in ("clockwise", "counter-clockwise"):  # around a square; y points down
-        half = rng.integers(2, 4)
-        along = half + 2 * (rng.integers(4 * half) + (t if motion == "clockwise" else -t))
-        centre_x, centre_y = rng.integers(3 + half, 14 - half, 2)
-        edge = lambda s: np.clip(abs(s % (8 * half) - 4 * half) - 2 * half, -half, half)
-        x, y = centre_x - edge(along), centre_y - edge(along + 6 * half)
+        y = bounce(y, rng.choice((-1, 1)), 1, 6)
+    if motion in ("clockwise", "counter-clockwise"):  # along the edges of a square
+        side = rng.integers(2, 4)
+        left, top = rng.integers(1, 7 - side, 2)
+        along = (rng.integers(4 * side) + (t if motion == "clockwise" else -t)) % (4 * side)
+        edge = lambda start: np.clip(along - start * side, 0, side)
+        x, y = left + edge(0) - edge(2), top + edge(1) - edge(3)
     if motion == "pulsing":
-        radius = 2 + abs((rng.integers(4) + t) % 4 - 2)
-    small_x, small_y = (bounce(rng.integers(2, 15) + 0 * t, 2 * rng.integers(-1, 2), 2) for _ in range(2))
+        radius = np.array((1, 1.5, 2, 1.5))[(rng.integers(4) + t) % 4]
+    small_x, small_y = (bounce(rng.integers(0, 8) + 0 * t, rng.integers(-1, 2), 0, 7) for _ in range(2))
 
-    masks = np.zeros((n_frames, R, R), dtype=bool)
+    masks = np.zeros(frames.shape[:3], dtype=bool)
     for is_large in rng.permutation((True, False)):  # the one drawn last is in front
         if is_large:
-            cover, colour = shape_cover(shape, R, x, y, radius), large_colour
+            cover, colour = shape_cover(shape, resolution, x, y, radius), large_colour
         else:
-            cover = shape_cover("circle", R, small_x, small_y, np.full(n_frames, 1.5))
-            colour = small_colour
+            cover, colour = shape_cover("circle", resolution, small_x, small_y, np.full(n_frames, 0.5)), small_colour
         frames += cover[..., None] * (colour - frames)
         masks = cover > 0.5 if is_large else masks & (cover <= 0.5)
-    labels, positions = {"shape": shape, "motion": motion}, np.stack((x, y), axis=1) * R / 16
-    return WorldClip(frames.round().astype(np.uint8), labels, masks, positions)
+    positions = (np.stack((x, y), axis=1) + 0.5) * resolution / 8
+    return WorldClip(frames.round().astype(np.uint8), {"shape": shape, "motion": motion}, masks, positions)
 
 
-def bounce(start, speed, margin):
-    """Places from `start` (F,) on, moving by `speed` lattice units a frame between margin and 16 - margin."""
-    low = margin + (start - margin) % 2  # steps are of two units: turn round where they lead
-    span = 16 - 2 * low
-    place = (start - low + speed * np.arange(len(start))) % (2 * span)
-    return low + span - abs(place - span)
+def bounce(start, speed, low, high):
+    """Cells from `start` (F,) on, moving by `speed` a frame and turning round at low and high."""
+    span = high - low
+    return high - abs((start - low + speed * np.arange(len(start))) % (2 * span) - span)
 
 
 def shape_cover(shape, R, x, y, radius):
-    """Share of every pixel that a shape covers (F, R, R); x, y and radius (F,) in sixteenths of the side R."""
+    """Share of every pixel that a shape covers (F, R, R): centred in cell x, y, with a radius in cells, each (F,)."""
     x, y, radius = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (x, y, radius))
-    pixels = (np.arange(R, dtype=np.float32) + 0.5) * 16 / R
+    pixels = (np.arange(R, dtype=np.float32) + 0.5) * 8 / R - 0.5
     u, v = np.broadcast_arrays((pixels[None, None, :] - x) / radius, (pixels[None, :, None] - y) / radius)
     r, across, along = np.hypot(u, v), abs(u), abs(v)
     # Distance to the outline of the shape of radius 1, negative inside.
@@ -123,7 +119,7 @@ def shape_cover(shape, R, x, y, radius):
         "ring": lambda: abs(r - 0.72) - 0.25,
         "star": lambda: r - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
     }[shape]()
-    return np.clip(0.5 - distance * radius * R / 16, 0, 1)
+    return np.clip(0.5 - distance * radius * R / 8, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------- media -> frames
