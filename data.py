@@ -287,14 +287,13 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
         "stride": stride,
         "crops": crops,
         "grid": [grid, grid],
-        "source": str(source),
     }
     if (out / "meta.json").exists():
         stored = json.loads((out / "meta.json").read_text())
         for key, value in meta.items():
             if stored.get(key) != value:
                 raise ValueError(f"{out}: was made with {key} {stored.get(key)}, not {value}; use another folder")
-    write_json({**meta, "shards": len(shards)}, out / "meta.json")
+    write_json({**meta, "source": str(source), "shards": len(shards)}, out / "meta.json")
 
     todo = [i for i in range(rank, len(shards), world_size) if not is_finished(out, i, shards[i])]
     with tqdm(total=sum(len(shards[i]) for i in todo), desc="tokenizing", unit="file", dynamic_ncols=True) as bar:
@@ -569,6 +568,13 @@ def run(main):
         sys.exit(2)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, but for flags whose own text says what happens without them."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def positive(text):
     """For argparse: a whole number of at least 1."""
     if int(text) < 1:
@@ -628,7 +634,7 @@ def fast_dtype(device):
 def main():
     parser = argparse.ArgumentParser(
         description="Turn images and videos into a folder of tokens. Run again, it goes on where it stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("media", nargs="+", help="files, or folders, of images and videos")

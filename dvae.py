@@ -415,7 +415,7 @@ def main():
     import data  # not above: data.py imports this file
 
     parser = argparse.ArgumentParser(
-        description="Train a tokenizer, or show what one keeps.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Train a tokenizer, or show what one keeps.", formatter_class=data.HelpFormatter
     )
     add = parser.add_argument
     add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of images and videos to train on")
@@ -428,8 +428,8 @@ def main():
     add("--out", default="out/dvae.pt", type=Path, help="the tokenizer's file")
     add("--resolution", type=data.resolution, default=64, help="side of the frames in pixels")
     add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
-    add("--steps", type=data.positive, default=1800)
-    add("--seed", type=int, default=0)
+    add("--steps", type=data.positive, default=1800, help="training steps of 8 frames")
+    add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     device = data.pick_device(args.device)

@@ -240,7 +240,7 @@ def print_table(results, layers, pools, classes, n_layers):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Probe the layers of a frozen model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Probe the layers of a frozen model.", formatter_class=data.HelpFormatter
     )
     add = parser.add_argument
     add("--layer", default="mid", help="mid (L // 2), a number, numbers with commas, or all; 0 is the embedding")
@@ -251,10 +251,10 @@ def main():
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for probe.json and cached tokens")
-    add("--epochs", type=data.positive, default=20)
-    add("--batch", type=data.positive, default=32)
-    add("--lr", type=float, default=2e-3)
-    add("--seed", type=int, default=0)
+    add("--epochs", type=data.positive, default=20, help="passes over the training set")
+    add("--batch", type=data.positive, default=32, help="clips in a step")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of the heads")
+    add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
 

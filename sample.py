@@ -56,9 +56,7 @@ def read_prompts(args, checkpoint):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Continue a video.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Continue a video.", formatter_class=data.HelpFormatter)
     add = parser.add_argument
     add("--prompt", type=Path, help="a video or image file (default: clips of the built-in world)")
     add("--prompt-frames", type=data.positive, default=4, help="how many of its frames the model is given")
@@ -70,7 +68,7 @@ def main():
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for sample.gif and sample.png")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.prompt_frames >= args.frames:

@@ -43,7 +43,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Pre-train Toto. Run again with the same --out, it goes on where it stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=data.HelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -65,7 +65,7 @@ def parse_arguments():
     add("--lr", type=float, help=f"peak learning rate (default: {about('lr')})")
     add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
     add("--save-every", type=data.positive, help=f"steps between checkpoints (default: {about('save_every')})")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.size not in toto.SIZES:
@@ -238,8 +238,8 @@ def prepare_tokenizer(args, specs, device, compute_dtype, is_main):
         if is_main:
             print(f"no tokenizer at {path}: training one on the same data")
             dvae.train_on(media, path, args.resolution, args.stride, args.seed, device, compute_dtype)
-        if dist.is_initialized():
-            dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     tokenizer = dvae.load(path, device, compute_dtype)
     if is_main and path != args.out / "dvae.pt":
         dvae.save(tokenizer, args.out / "dvae.pt")  # --out then holds all that probe.py and sample.py need
