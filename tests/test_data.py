@@ -203,7 +203,7 @@ def test_tokenize_a_folder(tmp_path, untrained_tokenizer, capsys):
 
 
 def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, untrained_tokenizer, monkeypatch):
-    """A stop in the middle and a second run give the folder of an undisturbed run, file by file; so do two processes."""
+    """A stop and a second run give the folder of an undisturbed run, file by file; so do two processes."""
     shards = data.world_shards(range(40), 32, n_frames=3)
     assert len(shards) == 3
     read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir())}

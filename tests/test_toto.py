@@ -33,7 +33,7 @@ def test_parameter_counts(size, millions):
     [("a1", 256, 12), ("a2", 512, 16), ("a3", 768, 20), ("a4", 1024, 24), ("a5", 1536, 28), ("a6", 1792, 32)],
 )
 def test_table_15_counts(size, D, L):
-    """Four D x D matrices for attention and three D x 4D for the MLP in each layer, two norms, the embedding, a norm."""
+    """A layer has four D x D matrices, three D x 4D matrices and two norms; then the embedding and a norm."""
     with torch.device("meta"):
         model = toto.Toto(toto.SIZES[size])
     assert model.config.n_heads == 16

@@ -106,10 +106,9 @@ def test_two_processes_and_micro_batches_give_the_same_losses(tokens, undisturbe
     run(command(tokens, tmp_path / "two", "--steps", "12", "--micro-batch", "1"), launcher)
     run(command(tokens, tmp_path / "micro", "--steps", "12", "--micro-batch", "1"))
     for out in ("two", "micro"):
-        for key in ("loss", "grad_norm"):  # bfloat16 rounds, and the gradient more than the loss
-            assert losses(tmp_path / out, key) == pytest.approx(
-                losses(undisturbed, key), rel=0.003 if key == "loss" else 0.05
-            )
+        assert losses(tmp_path / out) == pytest.approx(losses(undisturbed), rel=3e-3)  # bfloat16 rounds
+        # Before roundings add up: a gradient that is summed, not averaged, over processes would be twice as long.
+        assert losses(tmp_path / out, "grad_norm")[:4] == pytest.approx(losses(undisturbed, "grad_norm")[:4], rel=0.02)
 
 
 def in_process(monkeypatch, script, *arguments):
