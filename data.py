@@ -555,6 +555,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         print("error: out of memory; try a smaller --micro-batch, --batch or --samples", file=sys.stderr)
@@ -654,7 +655,8 @@ def main():
     tokenize(
         shards, args.out, tokenizer, args.resolution, args.stride, args.crops, " ".join(args.media), rank, world_size
     )
-    print(f"{args.out}: {len(shards)} shards")
+    if rank == 0:
+        print(f"wrote tokens of {sum(map(len, shards)):,} files, less those skipped, to {args.out}")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def main():
     if is_main:
         trim_log(log_path, first_step)
 
-    # Ctrl-C and SIGTERM ask the loop to save and leave after the step it is in; asked again, they end it at once.
+    # Ctrl-C and SIGTERM ask the loop to save and leave: between two micro-batches (the step is then taken again), or
+    # with several processes, which must agree, after the step. Asked again, they end it at once.
     signals = []
 
     def ask_to_stop(number, _):
@@ -142,6 +143,11 @@ def main():
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
+
+    def leave(done):
+        progress.close()
+        say(f"stopped and saved at step {done:,}; the same command goes on from there")
+        raise KeyboardInterrupt
 
     trained = model
     if world_size > 1:
@@ -158,6 +164,9 @@ def main():
         micro_batches = torch.as_tensor(np.stack(mine)).split(args.micro_batch)
         loss_and_stop = torch.zeros(2, device=device)
         for i, ids in enumerate(micro_batches):
+            if signals and world_size == 1:
+                save(checkpoint_path, model, optimizer, step, plan, meta)
+                leave(step)
             # Gradients add up over micro-batches; processes exchange them once, in the backward pass of the last one.
             # That is decided before the forward pass, where DDP reads the flag.
             is_last = i == len(micro_batches) - 1
@@ -194,9 +203,7 @@ def main():
             if is_main:  # first of all: what comes after may fail
                 save(checkpoint_path, model, optimizer, done, plan, meta)
             if stop:
-                progress.close()
-                say(f"stopped and saved at step {done:,}; the same command goes on from there")
-                raise KeyboardInterrupt
+                leave(done)
             results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
             if is_main:
                 append_log(log_path, {"step": done, "validation": results})
@@ -422,7 +429,7 @@ def write_samples(model, tokenizer, held_out, args, n_samples=4):
     with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
         generator = torch.Generator(device).manual_seed(args.seed)
         made = model.generate(
-            ids[:, : 1 + n_prompt * h * w], n_new, 0.8, top_p=0.9, generator=generator, progress=bar.update
+            ids[:, : 1 + n_prompt * h * w], n_new, top_p=0.95, generator=generator, progress=bar.update
         )
     rows = []
     for truth, sample in zip(ids[:, 1:-1], made[:, 1:]):

@@ -101,14 +101,17 @@ def test_stop_and_go_on_exactly(tokens, undisturbed, tmp_path, sign):
     assert_same_checkpoint(tmp_path, undisturbed)
 
 
-def test_two_processes_and_micro_batches_give_the_same_losses(tokens, undisturbed, tmp_path):
+def test_two_processes_and_micro_batches_give_the_same_losses(tokens, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    run(command(tokens, tmp_path / "two", "--steps", "12", "--micro-batch", "1"), launcher)
-    run(command(tokens, tmp_path / "micro", "--steps", "12", "--micro-batch", "1"))
+    slow = ["--steps", "12", "--lr", "3e-4"]  # at the default rate differences in rounding grow fast
+    run(command(tokens, tmp_path / "one", *slow))
+    run(command(tokens, tmp_path / "two", *slow, "--micro-batch", "1"), launcher)
+    run(command(tokens, tmp_path / "micro", *slow, "--micro-batch", "1"))
     for out in ("two", "micro"):
-        assert losses(tmp_path / out) == pytest.approx(losses(undisturbed), rel=3e-3)  # bfloat16 rounds
-        # Before roundings add up: a gradient that is summed, not averaged, over processes would be twice as long.
-        assert losses(tmp_path / out, "grad_norm")[:4] == pytest.approx(losses(undisturbed, "grad_norm")[:4], rel=0.02)
+        assert losses(tmp_path / out) == pytest.approx(losses(tmp_path / "one"), rel=3e-3)  # bfloat16 rounds
+        # A gradient that is summed, not averaged, over processes would be twice as long.
+        for a, b in zip(losses(tmp_path / out, "grad_norm"), losses(tmp_path / "one", "grad_norm")):
+            assert a == pytest.approx(b, rel=0.03)
 
 
 def in_process(monkeypatch, script, *arguments):
