@@ -97,6 +97,8 @@ def main():
     specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
     tokenizer = prepare_tokenizer(args, specs, device, compute_dtype, is_main)
     sources = prepare_sources(args, specs, tokenizer, rank, world_size)
+    if is_main and tokenizer is not None and args.tokenizer:
+        dvae.save(tokenizer, args.out / "dvae.pt")  # --out then holds all that probe.py and sample.py need
     mixture = data.Mixture(
         [data.Source(tokens, args.frames, share=HELD_OUT) for tokens in sources.values()],
         [weight for _, weight in specs],
@@ -247,10 +249,7 @@ def prepare_tokenizer(args, specs, device, compute_dtype, is_main):
             dvae.train_on(media, path, args.resolution, args.stride, args.seed, device, compute_dtype)
     if dist.is_initialized():
         dist.barrier()
-    tokenizer = dvae.load(path, device, compute_dtype)
-    if is_main and path != args.out / "dvae.pt":
-        dvae.save(tokenizer, args.out / "dvae.pt")  # --out then holds all that probe.py and sample.py need
-    return tokenizer
+    return dvae.load(path, device, compute_dtype)
 
 
 def prepare_sources(args, specs, tokenizer, rank, world_size):
