@@ -325,7 +325,7 @@ def train(frames, config, steps, batch_size=8, lr=2e-3, seed=0, device="cpu", co
     """Train a tokenizer on uint8 frames (N, H, W, 3) in memory.
 
     Not in the paper, which took OpenAI's: a warm start for 30 % of the steps, then the soft Gumbel relaxation in both
-    passes with a temperature from 1 to 1/16, no KL term, absolute plus three times squared error (1.5 dB better after
+    passes with a temperature from 1 to 1/16, no KL term, absolute plus three times squared error (0.5 dB better after
     a minute than the absolute error alone), AdamW at 2e-3 with a cosine to 2 %, gradients clipped at 1.
     """
     torch.manual_seed(seed)
