@@ -262,7 +262,7 @@ BAD_INPUT = {
     "data.py {tmp}/empty --out {tmp}/t --tokenizer {tokens}/dvae.pt": "{tmp}/empty: no images or videos here",
     "data.py {tmp} --out {tmp}/t --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
     "probe.py --checkpoint {tmp}/none.pt": "{tmp}/none.pt: no such file; train.py makes one",
-    "probe.py --checkpoint {tmp}/noise.pt --tokenizer {tokens}/dvae.pt": "{tmp}/noise.pt is not a checkpoint written by train.py",
+    "probe.py --checkpoint {tmp}/noise.pt --tokenizer {tokens}/dvae.pt": "{tmp}/noise.pt is not a checkpoint",
     "probe.py --checkpoint {done}/toto.pt --tokenizer {tmp}/other.pt": "is not the tokenizer that",
     "probe.py --layer 99 " + TRAINED: "--layer 99: this model has layers 0 (the embedding) to 6",
     "probe.py --layer x " + TRAINED: "--layer x: give mid, all, a number",
