@@ -38,88 +38,86 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 
 
 # ------------------------------------------------------------------------------------------------ the built-in world
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 WORLD, WORLD_CLIPS = "world", 1600  # its name as a source, and how many clips one trains on
+SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "clockwise", "counter-clockwise", "pulsing")
-COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40), (245, 245, 245))
-GROUNDS = ((60, 60, 70), (120, 150, 120), (130, 100, 120))
+COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40))
+GROUNDS = ((60, 60, 70), (120, 150, 120))
 
 
 @dataclass
 class WorldClip:
     frames: np.ndarray  # uint8 (F, R, R, 3)
-    labels: dict  # {"shape": one of SHAPES, "motion": one of MOTIONS}, of the large object
-    masks: np.ndarray  # bool (F, R, R): where the large object can be seen
+    labels: dict  # {"shape": one of SHAPES, "motion": one of MOTIONS}, of the moving object
+    masks: np.ndarray  # bool (F, R, R): where the moving object can be seen
     positions: np.ndarray  # float (F, 2): its centre (x, y) in pixels, hidden or not
 
 
-def world_clip(index, n_frames=16, resolution=64, seed=0):
+def world_clip(index, n_frames=16, resolution=48, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    A large object of some shape moves in some way over a textured ground; a small disc moves in a straight line, or
-    rests, and passes before or behind it. What the large one is shows in a single frame, though not in a single pixel;
-    how it moves shows only over several. The frame is a board of 8 x 8 cells, one code each at the default resolution,
-    and everything steps from cell to cell: the simplest motion that minutes of training on a laptop can learn.
+    Of two objects one moves and one rests, in front or behind. What the moving one is cannot be told from one frame,
+    nor from a sum over the clip, since the resting one is just such a shape: first one must see which of them moves.
+    The frame is a board of 6 x 6 cells, one code each at the default resolution. An object covers 2 x 2 of them and
+    steps from cell to cell over a plain ground: the least that minutes of training on a laptop can learn to continue.
     """
     rng = np.random.default_rng([seed, index])
     t = np.arange(n_frames)
-    shape, motion = SHAPES[rng.integers(len(SHAPES))], MOTIONS[rng.integers(len(MOTIONS))]
-    large_colour, small_colour = rng.permutation(COLOURS)[:2]
-    texture = (rng.integers(-12, 13, (6, 6, 1)) + GROUNDS[rng.integers(len(GROUNDS))]).astype(np.uint8)
-    texture = Image.fromarray(texture).resize((resolution, resolution), Image.Resampling.BICUBIC)
-    frames = np.repeat(np.asarray(texture, dtype=np.float32)[None], n_frames, axis=0)  # (F, R, R, 3)
+    shape, resting_shape = (SHAPES[i] for i in rng.integers(len(SHAPES), size=2))
+    motion = MOTIONS[rng.integers(len(MOTIONS))]
+    colour, resting_colour = rng.permutation(COLOURS)[:2]
+    frames = np.full((n_frames, resolution, resolution, 3), GROUNDS[rng.integers(len(GROUNDS))], dtype=np.float32)
 
-    # The cell of the large object's centre, 1 to 6, and its radius in cells, over time; y points down.
-    x, y = rng.integers(1, 7, (2, 1)) + 0 * t
-    radius = np.full(n_frames, 1.5)
+    # Corners between cells, 1 to 5, where the centres lie, and the radius in cells, over time; y points down.
+    x, y, resting_x, resting_y = rng.integers(1, 6, (4, 1)) + 0 * t
+    radius = np.full(n_frames, 1.0)
     if motion in ("horizontal", "diagonal"):
-        x = bounce(x, rng.choice((-1, 1)), 1, 6)
+        x = bounce(x, rng.choice((-1, 1)), 1, 5)
     if motion in ("vertical", "diagonal"):
-        y = bounce(y, rng.choice((-1, 1)), 1, 6)
+        y = bounce(y, rng.choice((-1, 1)), 1, 5)
     if motion in ("clockwise", "counter-clockwise"):  # along the edges of a square
-        side = rng.integers(2, 4)
-        left, top = rng.integers(1, 7 - side, 2)
+        side = rng.integers(1, 4)
+        left, top = rng.integers(1, 6 - side, 2)
         along = (rng.integers(4 * side) + (t if motion == "clockwise" else -t)) % (4 * side)
         edge = lambda start: np.clip(along - start * side, 0, side)
         x, y = left + edge(0) - edge(2), top + edge(1) - edge(3)
     if motion == "pulsing":
-        radius = np.array((1, 1.5, 2, 1.5))[(rng.integers(4) + t) % 4]
-    small_x, small_y = (bounce(rng.integers(0, 8) + 0 * t, rng.integers(-1, 2), 0, 7) for _ in range(2))
+        radius = np.array((1, 0.6))[(rng.integers(2) + t) % 2]
 
     masks = np.zeros(frames.shape[:3], dtype=bool)
-    for is_large in rng.permutation((True, False)):  # the one drawn last is in front
-        if is_large:
-            cover, colour = shape_cover(shape, resolution, x, y, radius), large_colour
+    for is_moving in rng.permutation((True, False)):  # the one drawn last is in front
+        if is_moving:
+            cover = shape_cover(shape, resolution, x, y, radius)
+            frames += cover[..., None] * (colour - frames)
+            masks = cover > 0.5
         else:
-            cover, colour = shape_cover("circle", resolution, small_x, small_y, np.full(n_frames, 0.5)), small_colour
-        frames += cover[..., None] * (colour - frames)
-        masks = cover > 0.5 if is_large else masks & (cover <= 0.5)
-    positions = (np.stack((x, y), axis=1) + 0.5) * resolution / 8
+            cover = shape_cover(resting_shape, resolution, resting_x, resting_y, np.ones(n_frames))
+            frames += cover[..., None] * (resting_colour - frames)
+            masks &= cover <= 0.5
+    positions = np.stack((x, y), axis=1) * resolution / 6
     return WorldClip(frames.round().astype(np.uint8), {"shape": shape, "motion": motion}, masks, positions)
 
 
 def bounce(start, speed, low, high):
-    """Cells from `start` (F,) on, moving by `speed` a frame and turning round at low and high."""
+    """Corners from `start` (F,) on, moving by `speed` a frame and turning round at low and high."""
     span = high - low
     return high - abs((start - low + speed * np.arange(len(start))) % (2 * span) - span)
 
 
 def shape_cover(shape, R, x, y, radius):
-    """Share of every pixel that a shape covers (F, R, R): centred in cell x, y, with a radius in cells, each (F,)."""
+    """Share of every pixel that a shape covers (F, R, R): its centre and radius in cells, each (F,)."""
     x, y, radius = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (x, y, radius))
-    pixels = (np.arange(R, dtype=np.float32) + 0.5) * 8 / R - 0.5
+    pixels = (np.arange(R, dtype=np.float32) + 0.5) * 6 / R
     u, v = np.broadcast_arrays((pixels[None, None, :] - x) / radius, (pixels[None, :, None] - y) / radius)
-    r, across, along = np.hypot(u, v), abs(u), abs(v)
+    across, along = abs(u), abs(v)
     # Distance to the outline of the shape of radius 1, negative inside.
     distance = {
-        "circle": lambda: r - 0.95,
+        "circle": lambda: np.hypot(u, v) - 0.95,
         "square": lambda: np.maximum(across, along) - 0.85,
         "triangle": lambda: np.maximum(0.87 * across - 0.5 * v - 0.4, v - 0.85),
         "cross": lambda: np.maximum(np.minimum(across, along) - 0.33, np.maximum(across, along) - 1),
-        "ring": lambda: abs(r - 0.72) - 0.25,
-        "star": lambda: r - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
     }[shape]()
-    return np.clip(0.5 - distance * radius * R / 8, 0, 1)
+    return np.clip(0.5 - distance * radius * R / 6, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------- media -> frames
@@ -526,7 +524,7 @@ def label_frame(frame, text, given, scale):
 
 def lay_out(rows, n_prompt, t):
     """Frame t of each (label, frames) in each row, side by side."""
-    scale = max(128 // rows[0][0][1].shape[1], 1)
+    scale = max(144 // rows[0][0][1].shape[1], 1)  # about 144 pixels a frame
     picture = [
         np.concatenate([label_frame(frames[t], f"{label} {t}", t < n_prompt, scale) for label, frames in row], axis=1)
         for row in rows

@@ -292,19 +292,29 @@ class WarmStart(nn.Module):
 
     @torch.no_grad()
     def start_codes(self, z, generator):
-        """Place the codebook by k-means over latents z (n, width), and the logits at the distances to it."""
+        """Place the codebook by k-means over latents z (n, width), and the logits at the distances to it.
+
+        Most latents may be of one plain ground. So codes start where latents lie far from the codes so far (as in
+        k-means++), and the logits' scale follows from the spread of latents about each code, all codes alike: a
+        mean over latents would be that of the ground.
+        """
         V = len(self.codebook)
-        order = torch.randperm(len(z), generator=generator).to(z.device)
-        E = z[order.repeat(math.ceil(V / len(z)))[:V]]
+        z = z[torch.randperm(len(z), generator=generator).to(z.device)]
+        nearest_distance = lambda: torch.cat([torch.cdist(chunk, E).amin(dim=1) for chunk in z.split(16384)])
+        E = z[: V // 8]
+        while len(E) < V:
+            odds = nearest_distance().pow(2).cpu() + 1e-12
+            E = torch.cat(
+                (E, z[torch.multinomial(odds, min(V // 8 + 1, V - len(E)), replacement=True, generator=generator)])
+            )
         for _ in range(5):
             # In chunks: the distances of 262,144 latents to 8,192 codes at once would take 8.6 GB.
             nearest = torch.cat([torch.cdist(chunk, E).argmin(dim=1) for chunk in z.split(16384)])
-            counts = torch.bincount(nearest, minlength=V)[:, None]
-            means = torch.zeros_like(E).index_add_(0, nearest, z) / counts.clamp(min=1)
-            E = torch.where(counts > 0, means, E)
-        scale = 4 / (z - E[nearest]).pow(2).sum(dim=1).mean().clamp(
-            min=1e-6
-        )  # neighbours of the nearest code still get a share
+            counts = torch.bincount(nearest, minlength=V)
+            means = torch.zeros_like(E).index_add_(0, nearest, z) / counts[:, None].clamp(min=1)
+            E = torch.where(counts[:, None] > 0, means, E)
+        spread = torch.zeros(V, device=z.device).index_add_(0, nearest, (z - E[nearest]).pow(2).sum(dim=1))
+        scale = 1 / (spread / counts.clamp(min=1))[counts > 1].mean().clamp(min=1e-6)
         self.codebook.copy_(E)
         self.to_logits.w.copy_(2 * scale * E[:, :, None, None])
         self.to_logits.b.copy_(-scale * E.pow(2).sum(dim=1))
@@ -426,7 +436,7 @@ def main():
         help="train nothing; write pictures of these beside --out, a tokenizer",
     )
     add("--out", default="out/dvae.pt", type=Path, help="the tokenizer's file")
-    add("--resolution", type=data.resolution, default=64, help="side of the frames in pixels")
+    add("--resolution", type=data.resolution, default=48, help="side of the frames in pixels")
     add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
     add("--steps", type=data.positive, default=1800, help="training steps of 8 frames")
     add("--seed", type=int, default=0, help="of everything random")

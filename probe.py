@@ -23,7 +23,7 @@ import data
 
 # Frozen features are computed once and kept, up to this size; beyond it they are computed anew in every epoch.
 KEEP_BYTES = 4 * 2**30
-WORLD_TRAIN, WORLD_VAL = range(1_000_000, 1_000_800), range(2_000_000, 2_000_400)  # clips no training ever sees
+WORLD_TRAIN, WORLD_VAL = range(1_000_000, 1_002_400), range(2_000_000, 2_000_600)  # clips no training ever sees
 
 
 class AveragePool(nn.Module):
@@ -251,7 +251,7 @@ def main():
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for probe.json and cached tokens")
-    add("--epochs", type=data.positive, default=20, help="passes over the training set")
+    add("--epochs", type=data.positive, default=10, help="passes over the training set")
     add("--batch", type=data.positive, default=32, help="clips in a step")
     add("--lr", type=float, default=2e-3, help="peak learning rate of the heads")
     add("--seed", type=int, default=0, help="of everything random")

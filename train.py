@@ -33,7 +33,7 @@ import toto
 # §3.2: AdamW, peak 3e-4, 2,000 warm-up steps, batches of 2^20 tokens; §3.3: 10^12 tokens; §3.4: R = 128.
 PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 1000}
 # Not in the paper: what trains `tiny` on two cores in minutes.
-LAPTOP = {"resolution": 64, "batch_tokens": 2**11, "steps": 2000, "lr": 4e-3, "warmup": 50, "save_every": 500}
+LAPTOP = {"resolution": 48, "batch_tokens": 2**10, "steps": 3500, "lr": 5e-3, "warmup": 50, "save_every": 500}
 HELD_OUT = 0.05  # share of the clips kept for validation
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name.

@@ -82,7 +82,7 @@ def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
     sample.main()
     gif, first = iio.imread(tmp_path / "out" / "sample.gif"), (tmp_path / "out" / "sample.gif").read_bytes()
-    assert gif.shape[0] == 6 and Image.open(tmp_path / "out" / "sample.png").size[0] == 6 * 132
+    assert gif.shape[0] == 6 and Image.open(tmp_path / "out" / "sample.png").size[0] == 6 * (144 + 4)
     sample.main()
     assert (tmp_path / "out" / "sample.gif").read_bytes() == first  # the seed decides everything
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "2"])
