@@ -15,18 +15,23 @@ Shape letters: F frames, R pixels a side, h and w codes, T tokens.
 import argparse
 import hashlib
 import json
-import logging
 import math
 import os
+import signal
+import subprocess
 import sys
 import zlib
+from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -123,8 +128,6 @@ def shape_cover(shape, R, x, y, radius):
 # ------------------------------------------------------------------------------------------------- media -> frames
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 VIDEO_TYPES = {".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
-# imageio's ffmpeg plug-in remarks on every rescaled video.
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
 
 
 def find_media(root):
@@ -172,11 +175,25 @@ def decode_image(path, resolution, stride):
 
 
 def decode_video(path, resolution, stride):
-    # ffmpeg drops, rotates and scales the frames in a process of its own, beside our encoding.
+    # ffmpeg drops, rotates and scales the frames in a process of its own, and names the size of each in a PPM header.
+    # -xerror makes a damaged file fail, where ffmpeg would rather invent what is missing. Files that name other files
+    # (playlists in a video's clothes) cannot make it open a network address.
     keep = f"select=not(mod(n\\,{stride}))"
     scale = f"scale={resolution}:{resolution}:force_original_aspect_ratio=increase:flags=bicubic"
-    options = ["-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
-    yield from iio.imiter(path, plugin="FFMPEG", output_params=options)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror", "-protocol_whitelist", "file"]
+    command += ["-i", f"file:{path}", "-an", "-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
+    command += ["-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            while process.stdout.readline():  # "P6"
+                width, height = map(int, process.stdout.readline().split())
+                process.stdout.readline()  # "255"
+                pixels = process.stdout.read(3 * width * height)
+                yield np.frombuffer(pixels, dtype=np.uint8).reshape(height, width, 3)
+            if process.wait():
+                raise ValueError(f"ffmpeg ended with status {process.returncode}")
+        finally:
+            process.kill()
 
 
 def upright_rgb(image):
@@ -240,12 +257,12 @@ def world_shards(indices, resolution, n_frames=16):
     return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
 
 
-def gather_frames(shards, count, resolution, seed=0, per_item=16):
+def gather_frames(items, count, resolution, seed=0, per_item=16, show_progress=True):
     """Up to `count` frames (N, R, R, 3) in memory, at most per_item of an item: what a tokenizer trains on."""
     rng = np.random.default_rng(seed)
-    items = [item for shard in shards for item in shard]
     frames, skipped = [], {}
-    with tqdm(total=min(count, per_item * len(items)), desc="reading frames", unit="frame", dynamic_ncols=True) as bar:
+    total = min(count, per_item * len(items))
+    with tqdm(total=total, desc="reading frames", unit="frame", dynamic_ncols=True, disable=not show_progress) as bar:
         for i in rng.permutation(len(items)):
             try:
                 place = rng.random(2)
@@ -308,6 +325,38 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
     report_skipped(skipped)
 
 
+def read_ahead(items, n_items=4, n_frames=64):
+    """Yield (item, iterator over (labels, frame)) in order; threads decode the next n_items meanwhile.
+
+    Each thread waits when it is n_frames ahead, so that memory stays bounded for videos of any length. A ValueError of
+    the item's reader is raised by its iterator.
+    """
+    started = deque()
+
+    def read(item, frames):
+        try:
+            labels, source = item.read()
+            for frame in source:
+                frames.put((labels, frame))
+            frames.put(None)
+        except Exception as error:
+            frames.put(error)
+
+    def drain(frames):
+        while (entry := frames.get()) is not None:
+            if isinstance(entry, Exception):
+                raise entry
+            yield entry
+
+    for item in (*items, *[None] * n_items):
+        if item is not None:
+            started.append((item, Queue(n_frames)))
+            Thread(target=read, args=started[-1], daemon=True).start()
+        if started and (item is None or len(started) > n_items):
+            item, frames = started.popleft()
+            yield item, drain(frames)
+
+
 def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=64):
     """Encode a list of Items: codes uint16 (frames, h, w), and the index of the clips in them."""
     codes, pending, clips, skipped, n_frames = [], [], [], {}, 0
@@ -317,12 +366,11 @@ def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=64):
             codes.append(tokenizer.encode(np.stack(pending)).cpu().numpy().astype(np.uint16))
             pending.clear()
 
-    for item in items:
-        first = n_frames
+    for item, frames in read_ahead(items):
+        first, labels = n_frames, {}
         places = np.random.default_rng(zlib.crc32(item.name.encode())).random((crops, 2)) if crops > 1 else [(0.5, 0.5)]
         try:
-            labels, frames = item.read()
-            for frame in frames:
+            for labels, frame in frames:
                 pending += [crop(frame, resolution, place) for place in places]
                 n_frames += crops
                 if len(pending) >= batch_size:
@@ -402,13 +450,14 @@ class Tokens:
         frames = np.minimum(np.arange(first, first + n_frames), self.length[clip] - 1)
         return shard[self.start[clip] + frames]
 
-    def is_held_out(self, share):
-        """Which clips are for validation: about `share` of them, by a hash of the name, and at least one of several."""
-        place = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in self.names])
-        held_out = place < share
-        if share > 0 and held_out.all() or not held_out.any():
-            held_out = (place == place.min()) & (len(set(self.names)) > 1) & (share > 0)
-        return held_out
+
+def is_held_out(names, share):
+    """Which clips are for validation: about `share` of them, by a hash of the name, and at least one of several."""
+    place = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names])
+    held_out = place < share
+    if share > 0 and held_out.all() or not held_out.any():
+        held_out = (place == place.min()) & (len(set(names)) > 1) & (share > 0)
+    return held_out
 
 
 def to_sequence(codes, is_video):
@@ -426,7 +475,7 @@ class Source:
 
     def __init__(self, tokens, n_frames, held_out=False, share=0.05):
         self.tokens, self.n_frames = tokens, n_frames
-        clips = np.flatnonzero(tokens.is_held_out(share) == held_out)
+        clips = np.flatnonzero(is_held_out(tokens.names, share) == held_out)
         self.images, self.videos = clips[tokens.length[clips] == 1], clips[tokens.length[clips] > 1]
         self.windows = np.cumsum(np.maximum(tokens.length[self.videos] // n_frames, 1))  # up to and with each video
         self.n_videos = int(self.windows[-1]) if len(self.windows) else 0
@@ -565,6 +614,24 @@ def run(main):
             error = f"{error.filename}: {error.strerror.lower()}"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def listen_for_stop():
+    """Let Ctrl-C and SIGTERM fill the list that is returned, so that a loop can save first. Asked again, they kill."""
+    received = []
+
+    def receive(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
+    return received
+
+
+def stop_listening():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -17,14 +17,17 @@ import math
 import os
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 PIXELS_PER_CODE = 8  # three 2x2 poolings
@@ -41,6 +44,32 @@ class Config:
 
 # Not in the paper: a tokenizer that two cores train in a minute. A gain of 1 trains faster where it is this shallow.
 SMALL = Config(n_hid=16, blocks_per_group=1, n_init=64, vocab_size=512, residual_gain=1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tokenizer is trained. Schedules are given as shares of all steps, so that --steps stretches them alike."""
+
+    steps: int
+    batch: int  # frames in a step, over all processes
+    lr: float  # peak of AdamW's rate, after 50 steps of warm-up; a cosine takes it down to lr_end
+    lr_end: float
+    betas: tuple
+    warm_start: float  # share of the steps as a plain autoencoder, before there are codes; 0 is from random weights
+    anneal: float  # share after which the relaxation's temperature has come down from 1 to 1/16
+    kl: float = 0.0  # weight of the KL term, per pixel and colour, reached after kl_warmup of the steps
+    kl_warmup: float = 0.0
+    laplace: bool = False  # the likelihood of a logit-Laplace, or else absolute plus three times squared error
+    ema: float = 0.0  # decay of the running mean of the weights that is kept in the end; 0 keeps the last weights
+    clip: float = math.inf  # norm at which gradients are clipped
+
+
+# Ramesh et al. (2021), appendix A.2: how OpenAI trained the tokenizer of §3.4.
+OPENAI = Recipe(1_200_000, 512, 1e-4, 1.25e-6, (0.9, 0.999), 0, 1 / 8, 6.6, 1 / 240, laplace=True, ema=0.999)
+# Not in the paper: what two cores learn most from in a minute. The squared error adds 0.5 dB to the absolute alone.
+LAPTOP = Recipe(1800, 8, 2e-3, 4e-5, (0.9, 0.99), warm_start=0.3, anneal=0.75, clip=1.0)
+SIZES, RECIPES = {"small": SMALL, "full": Config()}, {"laptop": LAPTOP, "openai": OPENAI}
+POOL = 8192  # frames in memory that batches are drawn from, in each process
 
 
 class Conv2d(nn.Module):
@@ -258,37 +287,49 @@ def load_openai(folder, compute_dtype=torch.float32):
     return model
 
 
-class WarmStart(nn.Module):
-    """A dVAE in training, with a narrow linear bottleneck on either side of its codes.
+class Relaxed(nn.Module):
+    """A dVAE in training (§3.4): codes are drawn by the Gumbel-softmax relaxation, so that gradients pass through them.
 
-    Not in the paper. From random weights a small dVAE ends with a few dozen codes in use. So it first trains as a plain
-    autoencoder through `width` numbers per position; k-means over these numbers then gives a codebook E, and code k the
-    logit -s |z - E_k|², which is linear in z up to a term that all codes share. From there on it is the dVAE of §3.4,
-    trained with the Gumbel-softmax relaxation, and starts with all codes in use.
+    Not in the paper: `width`, a narrow linear bottleneck on either side of the codes, for a warm start. From random
+    weights a small dVAE ends with a few dozen codes in use. So it first trains as a plain autoencoder through `width`
+    numbers per position; k-means over these numbers then gives a codebook E, and code k the logit -s |z - E_k|², which
+    is linear in z up to a term that all codes share. From there on it is an ordinary dVAE, with all codes in use.
     """
 
-    def __init__(self, model, width=16):
+    def __init__(self, model, width=None):
         super().__init__()
-        config = model.config
-        self.model = model
-        self.squeeze = Conv2d(8 * config.n_hid, width, 1, float32=True)
-        self.to_logits = Conv2d(width, config.vocab_size, 1, float32=True)
-        self.codebook = nn.Parameter(torch.zeros(config.vocab_size, width))
-        self.expand = Conv2d(width, config.n_init, 1)
+        self.model, self.width, config = model, width, model.config
+        if width:
+            self.squeeze = Conv2d(8 * config.n_hid, width, 1, float32=True)
+            self.to_logits = Conv2d(width, config.vocab_size, 1, float32=True)
+            self.codebook = nn.Parameter(torch.zeros(config.vocab_size, width))
+            self.expand = Conv2d(width, config.n_init, 1)
 
     def latents(self, frames):
         """uint8 frames (N, H, W, 3) -> (N, width, h, w)."""
         return self.squeeze(self.model.encoder.trunk(self.model.prepare(frames)))
 
-    def forward(self, frames, temperature, generator=None):
-        """uint8 frames (N, H, W, 3) -> reconstruction (N, 3, H, W); temperature None is the continuous phase."""
-        z = self.latents(frames)
-        if temperature is not None:
-            logits = self.to_logits(z)  # (N, V, h, w)
+    def forward(self, frames, temperature, straight_through=False, generator=None):
+        """uint8 frames (N, H, W, 3) -> the decoder's output (N, 6, H, W) and logits (N, V, h, w).
+
+        Temperature None passes the latents on without codes, and gives no logits. straight_through decodes the drawn
+        codes themselves, with the gradient of the soft ones.
+        """
+        if temperature is None:
+            z, logits = self.latents(frames), None
+        else:
+            encoder, first = self.model.encoder, self.model.decoder.blocks.input
+            logits = self.to_logits(self.latents(frames)) if self.width else encoder(self.model.prepare(frames))
             gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
-            soft_codes = F.softmax((logits + gumbel) / temperature, dim=1)
-            z = torch.einsum("nvhw,vc->nchw", soft_codes, self.codebook)
-        return to_pixels(self.model.decoder(self.expand(z.to(self.model.compute_dtype))))
+            codes = F.softmax((logits + gumbel) / temperature, dim=1)
+            if straight_through:
+                hard = torch.zeros_like(codes).scatter_(1, codes.argmax(dim=1, keepdim=True), 1.0)
+                codes = hard + codes - codes.detach()
+            codebook = self.codebook if self.width else first.w[:, :, 0, 0].t()  # (V, width or n_init)
+            z = torch.einsum("nvhw,vc->nchw", codes, codebook)
+        z = z.to(self.model.compute_dtype)
+        z = self.expand(z) if self.width else z + first.b.to(z.dtype)[:, None, None]
+        return self.model.decoder(z), logits
 
     @torch.no_grad()
     def start_codes(self, z, generator):
@@ -321,58 +362,167 @@ class WarmStart(nn.Module):
 
     @torch.no_grad()
     def fold(self):
-        """Multiply the bottleneck into the 1x1 convolutions beside it, and return the plain dVAE: the same function."""
+        """Multiply the bottleneck into the 1x1 convolutions beside it: then the plain dVAE is the same function."""
+        if not self.width:
+            return
         matrix = lambda conv: conv.w[:, :, 0, 0]
         logits, first = self.model.encoder.blocks.output.conv, self.model.decoder.blocks.input
         logits.w.copy_((matrix(self.to_logits) @ matrix(self.squeeze))[:, :, None, None])
         logits.b.copy_(matrix(self.to_logits) @ self.squeeze.b + self.to_logits.b)
         first.w.copy_((matrix(self.expand) @ self.codebook.t())[:, :, None, None])
         first.b.copy_(self.expand.b)
-        return self.model.eval().requires_grad_(False)
 
 
-def train(frames, config, steps, batch_size=8, lr=2e-3, seed=0, device="cpu", compute_dtype=torch.float32):
-    """Train a tokenizer on uint8 frames (N, H, W, 3) in memory.
+def kl_to_uniform(logits):
+    """KL divergence in nats of the codes' distribution (N, V, h, w) from the uniform one, mean over positions."""
+    log_q = F.log_softmax(logits, dim=1)
+    return (log_q.exp() * log_q).sum(dim=1).mean() + math.log(logits.shape[1])
 
-    Not in the paper, which took OpenAI's: a warm start for 30 % of the steps, then the soft Gumbel relaxation in both
-    passes with a temperature from 1 to 1/16, no KL term, absolute plus three times squared error (0.5 dB better after
-    a minute than the absolute error alone), AdamW at 2e-3 with a cosine to 2 %, gradients clipped at 1.
+
+def reconstruction_loss(output, target, laplace):
+    """Of the decoder's output (N, 6, H, W) for colours in [0, 1] (N, 3, H, W), mean over pixels and colours.
+
+    laplace: -ln p of a logit-Laplace with mean μ and scale b in the logit of a colour x (Ramesh et al., A.3),
+    p(x) = exp(-|logit x - μ| / b) / (2 b x (1 - x)), with x moved into [0.1, 0.9].
     """
+    if laplace:
+        x = 0.1 + 0.8 * target
+        mu, log_b = output.float().chunk(2, dim=1)
+        return ((x.logit() - mu).abs() * (-log_b).exp() + log_b + (2 * x * (1 - x)).log()).mean()
+    error = to_pixels(output) - target
+    return error.abs().mean() + 3 * error.pow(2).mean()
+
+
+def train(read_pool, config, recipe, seed=0, device="cpu", compute_dtype=torch.float32, straight_through=False,
+          path=None, plan=None, save_every=1000, show=lambda model: None, rank=0, world_size=1):  # fmt: skip
+    """Train a tokenizer; every process of world_size calls this. Everything random follows from the seed and the step.
+
+    read_pool(i) gives the uint8 frames (N, H, W, 3) that batches are drawn from, for the i-th time; each is seen about
+    four times. With a `path` the state is saved there every save_every steps and when asked to stop (SIGINT, SIGTERM),
+    and a state with the same `plan` that is found there goes on exactly. show(model) is called after each save.
+    """
+    import data  # not above: data.py imports this file
+
+    if recipe.batch % world_size:
+        raise ValueError(f"a step's {recipe.batch} frames cannot be shared evenly by {world_size} processes")
+    batch, steps, first_step = recipe.batch // world_size, recipe.steps, 0
     torch.manual_seed(seed)
-    warm = WarmStart(DVAE(config, compute_dtype).to(device)).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(warm.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    warm_steps = round(0.3 * steps)
+    relaxed = Relaxed(DVAE(config, compute_dtype), width=16 if recipe.warm_start else None)
+    relaxed = relaxed.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(relaxed.parameters(), recipe.lr, recipe.betas, weight_decay=1e-4, fused=True)
+    average = AveragedModel(relaxed, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    parts = {"relaxed": relaxed, "optimizer": optimizer} | ({"average": average} if average else {})
+    if path and path.exists():
+        first_step = resume(path, parts, plan, device)
+    trained = relaxed
+    if world_size > 1:  # in the warm start some parameters have no gradient
+        ids = [device.index] if device.type == "cuda" else None
+        trained = DistributedDataParallel(relaxed, device_ids=ids, find_unused_parameters=True)
+
+    def finished():
+        """The tokenizer as it is now, to measure and to keep."""
+        best = average.module if average else relaxed
+        best.fold()
+        return best.model
+
+    warm_steps = round(recipe.warm_start * steps)
+    pool_steps, frames = max(4 * POOL // batch, 1), None
     generator = torch.Generator(device)
-    progress = tqdm(range(steps), desc="tokenizer", unit="step", dynamic_ncols=True)
+    signals = data.listen_for_stop() if path else []
+    progress = tqdm(
+        range(first_step, steps), initial=first_step, total=steps,
+        desc="tokenizer", unit="step", dynamic_ncols=True, disable=rank > 0,
+    )  # fmt: skip
     for step in progress:
-        # Everything random follows from the seed and the step.
-        rng = np.random.default_rng([seed, step])
+        if frames is None or step % pool_steps == 0:
+            frames = read_pool(step // pool_steps)
+        rng = np.random.default_rng([seed, step, rank])
         generator.manual_seed(int(rng.integers(2**62)))
-        if step == warm_steps:
+        if step == warm_steps and recipe.warm_start:
             sample = rng.permutation(len(frames))[: 1 + 4 * 2**20 // frames[0].size]
             with torch.no_grad():
-                z = torch.cat([warm.latents(frames[sample[i : i + 32]]) for i in range(0, len(sample), 32)])
-            warm.start_codes(z.permute(0, 2, 3, 1).flatten(0, 2), torch.Generator().manual_seed(seed))
-        annealed = min(max((step - warm_steps) / (0.75 * steps - warm_steps), 0), 1)
+                z = torch.cat([relaxed.latents(frames[sample[i : i + 32]]) for i in range(0, len(sample), 32)])
+            relaxed.start_codes(z.permute(0, 2, 3, 1).flatten(0, 2), torch.Generator().manual_seed(seed))
+            if world_size > 1:
+                for parameter in relaxed.parameters():
+                    dist.broadcast(parameter.data, src=0)
+        annealed = min(max((step - warm_steps) / max(recipe.anneal * steps - warm_steps, 1), 0), 1)
         temperature = 1 / 16 + (1 - 1 / 16) * (1 + math.cos(math.pi * annealed)) / 2
-        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = lr * cosine * min(1, (step + 1) / 50)
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = (recipe.lr_end + (recipe.lr - recipe.lr_end) * cosine) * min(
+            1, (step + 1) / 50
+        )
 
-        batch = torch.as_tensor(frames[np.sort(rng.integers(len(frames), size=batch_size))], device=device)
-        target = batch.permute(0, 3, 1, 2).float() / 255
-        output = warm(batch, temperature if step >= warm_steps else None, generator)
-        error = output - target
-        loss = error.abs().mean() + 3 * error.pow(2).mean()
+        pixels = torch.as_tensor(frames[np.sort(rng.integers(len(frames), size=batch))], device=device)
+        target = pixels.permute(0, 3, 1, 2).float() / 255
+        output, logits = trained(pixels, temperature if step >= warm_steps else None, straight_through, generator)
+        loss = reconstruction_loss(output, target, recipe.laplace)
+        if recipe.kl and logits is not None:
+            # Per pixel and colour, as the likelihood is: of 3·8·8 values a code stands for.
+            beta = recipe.kl * min(1, step / max(recipe.kl_warmup * steps, 1))
+            loss = loss + beta * kl_to_uniform(logits) / (3 * PIXELS_PER_CODE**2)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(warm.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(relaxed.parameters(), recipe.clip)
         optimizer.step()
-        if step % 20 == 0:
-            mse = (output.detach().clamp(0, 1) - target).pow(2).mean().item()
-            progress.set_postfix_str(
-                f"loss {loss.item():.4f}, PSNR {-10 * math.log10(mse):.1f} dB, temperature {temperature:.2f}"
+        if average:
+            average.update_parameters(relaxed)
+        if step % 20 == 0 or step == steps - 1:
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"step {step + 1}: the loss is {loss.item()}; nothing of it was saved")
+            psnr = -10 * (to_pixels(output.detach()).clamp(0, 1) - target).pow(2).mean().clamp(min=1e-9).log10().item()
+            words = f"loss {loss.item():.4f}, PSNR {psnr:.1f} dB"
+            if logits is not None:
+                used = perplexity_of(logits.detach().argmax(dim=1), config.vocab_size)
+                words += f", perplexity {used:.0f}, temperature {temperature:.2f}"
+            progress.set_postfix_str(words)
+        if path is None:
+            continue
+        stop = len(signals)
+        if world_size > 1:  # all processes must agree on whether to stop
+            agreed = torch.tensor(stop, device=device)
+            dist.all_reduce(agreed)
+            stop = agreed.item()
+        if ((step + 1) % save_every == 0 and step + 1 < steps) or stop:
+            if rank == 0:
+                with atomic_open(path) as file:
+                    torch.save(
+                        {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1, "plan": plan},
+                        file,
+                    )
+                if step >= warm_steps:
+                    show(finished())
+            if stop:
+                progress.close()
+                if rank == 0:
+                    print(f"stopped and saved at step {step + 1:,}; the same command goes on from there")
+                raise KeyboardInterrupt
+    if path:
+        data.stop_listening()
+    return finished().eval().requires_grad_(False)
+
+
+def resume(path, parts, plan, device):
+    """Load the state of a stopped training; return the step to go on at."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        there = state["plan"]
+    except Exception as error:
+        raise ValueError(f"{path} is not the state of a stopped training; remove it to start over") from error
+    for what in plan:
+        if there.get(what) != plan[what]:
+            raise ValueError(
+                f"{path}: its {what} is {there.get(what)}, here it is {plan[what]}; remove it to start over"
             )
-    return warm.fold()
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def perplexity_of(codes, vocab_size):
+    """exp of the entropy of the codes' frequencies: as many codes, all equally frequent, would be as varied."""
+    p = torch.bincount(codes.flatten().cpu(), minlength=vocab_size).double() / codes.numel()
+    return torch.special.entr(p).sum().exp().item()
 
 
 def measure(model, frames):
@@ -382,29 +532,56 @@ def measure(model, frames):
     for chunk, truth in zip(codes.split(32), np.split(frames, range(32, len(frames), 32))):
         error = model.decode(chunk).float().cpu() - torch.as_tensor(truth).float()
         psnr.append(20 * math.log10(255) - 10 * error.pow(2).flatten(1).mean(dim=1).clamp(min=1e-9).log10())
-    p = torch.bincount(codes.flatten().cpu(), minlength=model.config.vocab_size).double() / codes.numel()
-    perplexity = torch.special.entr(p).sum().exp().item()
-    return {"psnr": torch.cat(psnr).mean().item(), "perplexity": perplexity, "codes_in_use": int((p > 0).sum())}
+    return {
+        "psnr": torch.cat(psnr).mean().item(),
+        "perplexity": perplexity_of(codes, model.config.vocab_size),
+        "codes_in_use": len(codes.unique()),
+    }
 
 
-def train_on(paths, out, resolution, stride, seed, device, compute_dtype, steps=1800):
-    """Train a small tokenizer on folders of media (or on the built-in world), save it, and report how good it is.
+def train_on(paths, out, resolution, stride, seed, device, compute_dtype, config=SMALL, recipe=LAPTOP,
+             straight_through=False, save_every=1000, rank=0, world_size=1):  # fmt: skip
+    """Train a tokenizer on folders of media (or on the built-in world), save it, and report how good it is.
 
-    Not in the paper: on at most 8,192 frames, 16 of a file; the report is on a tenth of them that it did not see.
+    Clips that train.py would hold out for validation are held out here too; the report and the picture beside the
+    tokenizer, of what it keeps, are of them. A stopped training goes on where it was.
     """
     import data  # not above: data.py imports this file
 
-    shards = [shard for path in paths for shard in data.shards_of(path, resolution, stride, n_frames=16)]
-    frames = data.gather_frames(shards, 8192, resolution, seed)
-    held_out, training = np.split(frames, [min(len(frames) // 160 * 16, 512)])
-    model = train(training, SMALL, steps, seed=seed, device=device, compute_dtype=compute_dtype)
-    save(model, out)
-    score = measure(model, held_out if len(held_out) else training)
-    seen = "held-out" if len(held_out) else "training"
-    print(
-        f"tokenizer: {score['psnr']:.1f} dB on {seen} frames, {score['codes_in_use']} of {SMALL.vocab_size} codes "
-        f"in use, perplexity {score['perplexity']:.0f}"
-    )
+    items = [
+        item for path in paths for shard in data.shards_of(path, resolution, stride, n_frames=16) for item in shard
+    ]
+    is_held_out = data.is_held_out([item.name for item in items], share=0.05)
+    training = [item for item, held_out in zip(items, is_held_out) if not held_out]
+    try:
+        unseen = [item for item, held_out in zip(items, is_held_out) if held_out]
+        test, seen = data.gather_frames(unseen, 512, resolution, seed, show_progress=False), "held-out"
+    except ValueError:  # a single clip, or none that can be read
+        test, seen = data.gather_frames(training, 512, resolution, seed, show_progress=False), "training"
+    read_pool = lambda i: data.gather_frames(training, POOL, resolution, [seed, i, rank], show_progress=rank == 0)
+
+    def show(model):
+        kept = model.decode(model.encode(examples)).cpu().numpy()
+        data.write_strip(Path(out).with_suffix(".png"), [[("truth", examples), ("kept", kept)]], n_prompt=0)
+
+    examples = test[np.linspace(0, len(test) - 1, 8).astype(int)]
+    plan = {"data": [str(path) for path in paths], "resolution": resolution, "stride": stride, "seed": seed}
+    plan |= {"straight-through": straight_through, "processes": world_size}
+    plan |= {"size": asdict(config), "recipe": asdict(recipe) | {"betas": list(recipe.betas)}}
+    state = Path(f"{out}.training")
+    model = train(
+        read_pool, config, recipe, seed, device, compute_dtype, straight_through,
+        state, plan, save_every, show, rank, world_size,
+    )  # fmt: skip
+    if rank == 0:
+        save(model, out)
+        state.unlink(missing_ok=True)
+        show(model)
+        score = measure(model, test)
+        print(
+            f"tokenizer: {score['psnr']:.1f} dB on {seen} frames, "
+            f"{score['codes_in_use']} of {config.vocab_size} codes in use, perplexity {score['perplexity']:.0f}"
+        )
 
 
 def reconstruct(paths, tokenizer_path, out, resolution, stride, device, compute_dtype):
@@ -425,7 +602,9 @@ def main():
     import data  # not above: data.py imports this file
 
     parser = argparse.ArgumentParser(
-        description="Train a tokenizer, or show what one keeps.", formatter_class=data.HelpFormatter
+        description="Train a tokenizer, show what one keeps, or make a safe copy of OpenAI's. "
+        "A stopped training goes on where it was.",
+        formatter_class=data.HelpFormatter,
     )
     add = parser.add_argument
     add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of images and videos to train on")
@@ -433,21 +612,58 @@ def main():
         "--reconstruct",
         nargs="+",
         metavar="FILE",
-        help="train nothing; write pictures of these beside --out, a tokenizer",
+        help="no training: draw what the tokenizer --out keeps of these files",
+    )
+    add(
+        "--convert",
+        metavar="FOLDER",
+        help="no training: write OpenAI's encoder.pkl and decoder.pkl as one safe file to --out",
     )
     add("--out", default="out/dvae.pt", type=Path, help="the tokenizer's file")
+    add("--size", choices=SIZES, default="small", help="small trains in a minute; full is OpenAI's, 8,192 codes")
+    add("--recipe", choices=RECIPES, help="laptop: warm start, short; openai: as theirs (default: the size's)")
     add("--resolution", type=data.resolution, default=48, help="side of the frames in pixels")
     add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
-    add("--steps", type=data.positive, default=1800, help="training steps of 8 frames")
+    add(
+        "--steps",
+        type=data.positive,
+        help=f"training steps (default: {LAPTOP.steps:,}; {OPENAI.steps:,} with --recipe openai)",
+    )
+    add(
+        "--batch",
+        type=data.positive,
+        help=f"frames in a step (default: {LAPTOP.batch}; {OPENAI.batch} with --recipe openai)",
+    )
+    add("--straight-through", action="store_true", help="decode hard codes in training, with the gradient of soft ones")
+    add("--save-every", type=data.positive, default=1000, help="steps between saves and pictures")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
+    if args.convert:
+        model = load(args.convert)
+        save(model, args.out)
+        count = lambda module: sum(p.numel() for p in module.parameters())
+        print(f"wrote {args.out}, hash {model.fingerprint()}")
+        print(f"  {count(model.encoder):,} + {count(model.decoder):,} parameters (OpenAI's: 53,786,240 + 43,829,766)")
+        return
     device = data.pick_device(args.device)
     where = args.resolution, args.stride
     if args.reconstruct:
         reconstruct(args.reconstruct, args.out, args.out.parent, *where, device, data.fast_dtype(device))
-    else:
-        train_on(args.data, args.out, *where, args.seed, device, data.fast_dtype(device), args.steps)
+        return
+    if args.out.exists():
+        raise ValueError(f"{args.out}: exists already, and models may depend on it; give another --out, or remove it")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    recipe = RECIPES[args.recipe or ("openai" if args.size == "full" else "laptop")]
+    recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
+    train_on(
+        args.data, args.out, *where, args.seed, device, data.fast_dtype(device),
+        SIZES[args.size], recipe, args.straight_through, args.save_every, rank, world_size,
+    )  # fmt: skip
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

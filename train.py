@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -137,14 +136,7 @@ def main():
 
     # Ctrl-C and SIGTERM ask the loop to save and leave: between two micro-batches (the step is then taken again), or
     # with several processes, which must agree, after the step. Asked again, they end it at once.
-    signals = []
-
-    def ask_to_stop(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    signals = data.listen_for_stop()
 
     def leave(done):
         progress.close()
@@ -215,8 +207,7 @@ def main():
     if first_step >= args.steps:
         say(f"{checkpoint_path} has all {args.steps:,} steps already; give more --steps, or another --out")
         results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    data.stop_listening()
     if is_main:
         print_results(results)
         if tokenizer is not None:

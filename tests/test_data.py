@@ -258,6 +258,53 @@ def test_a_folder_made_otherwise_is_refused(tmp_path, untrained_tokenizer):
         data.tokenize(shards, tmp_path / "t", dvae.DVAE(untrained_tokenizer.config), 16, 1)
 
 
+def test_damaged_files_are_skipped_and_named(tmp_path, untrained_tokenizer, capsys):
+    """Copies of good files, cut short or with bytes changed: each is read or skipped, and nothing else happens."""
+    (tmp_path / "media").mkdir()
+    clip = data.world_clip(0, 12, 64).frames
+    write = {
+        "v.mp4": lambda path: iio.imwrite(path, clip, plugin="FFMPEG", fps=10),
+        "i.png": lambda path: Image.fromarray(clip[0]).save(path),
+        "i.jpg": lambda path: Image.fromarray(clip[0]).save(path),
+        "a.gif": lambda path: iio.imwrite(path, clip),
+    }
+    rng = np.random.default_rng(0)
+    for name, make in write.items():
+        make(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for i in range(12):
+            damaged = bytearray(whole)
+            for place in rng.integers(len(whole), size=5):
+                damaged[place] = rng.integers(256)
+            damaged = damaged if i % 2 else whole[: rng.integers(len(whole))]
+            (tmp_path / "media" / f"{i:02d}{name}").write_bytes(damaged)
+    data.tokenize(data.media_shards(tmp_path / "media", 16, 4), tmp_path / "t", untrained_tokenizer, 16, 4)
+    index = [json.loads((tmp_path / "t" / f"{i:05d}.json").read_text()) for i in range(2)]
+    read, skipped = sum((shard["names"] for shard in index), []), {k for shard in index for k in shard["skipped"]}
+    assert len(read) + len(skipped) == 48 and len(skipped) >= 16
+    assert f"skipped {len(skipped)} file(s)" in capsys.readouterr().err
+    assert not list((tmp_path / "t").glob("*.tmp"))
+
+
+def test_a_reader_stays_a_bounded_way_ahead():
+    """Threads decode ahead, in order, but no further than the bound: a video of any length fits in memory."""
+    count = Counter()
+
+    def frames(name):
+        for i in range(1000):
+            count[name] += 1
+            yield np.full((1, 1, 3), i % 256, np.uint8)
+
+    items = [data.Item(str(k), lambda k=k: ({"k": k}, frames(k))) for k in range(6)]
+    for k, (item, entries) in enumerate(data.read_ahead(items, n_items=2, n_frames=10)):
+        assert item.name == str(k)
+        for i, (labels, frame) in enumerate(entries):
+            assert labels == {"k": k} and frame[0, 0, 0] == i % 256
+            if i == 500:
+                assert count[k] <= 500 + 13 and all(count[later] <= 12 for later in range(k + 1, 6))
+        assert i == 999
+
+
 def test_folders_without_media(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         data.find_media(tmp_path / "missing")

@@ -1,7 +1,13 @@
 """dvae.py against OpenAI's DALL-E package, its published sizes, and what its functions promise."""
 
+import os
 import pickle
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +16,9 @@ import torch
 import data
 import dvae
 
+ROOT = Path(__file__).parent.parent
 TINY = dvae.Config(n_hid=8, blocks_per_group=2, n_init=8, vocab_size=32)
+NARROW = dvae.Config(n_hid=8, blocks_per_group=1, n_init=16, vocab_size=64, residual_gain=1.0)
 
 
 def test_published_sizes_and_names():
@@ -64,9 +72,12 @@ def test_openai_files_are_read_without_the_package(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "dall_e"]:
         monkeypatch.setitem(sys.modules, name, None)  # as if the package were not installed
     model = dvae.load(tmp_path)
-    assert model.config == TINY
-    assert torch.equal(model.encode(frames), codes)
-    assert (model.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
+    monkeypatch.setattr(sys, "argv", ["dvae.py", "--convert", str(tmp_path), "--out", str(tmp_path / "copy.pt")])
+    dvae.main()
+    for model in (model, dvae.load(tmp_path / "copy.pt")):
+        assert model.config == TINY
+        assert torch.equal(model.encode(frames), codes)
+        assert (model.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
 
 
 def test_openai_files_execute_nothing(tmp_path):
@@ -91,7 +102,7 @@ def test_initial_weights():
 def test_folding_the_bottleneck_changes_nothing():
     """The warm-started dVAE and the plain one it becomes give the same codes and, from hard codes, the same pixels."""
     torch.manual_seed(0)
-    warm = dvae.WarmStart(dvae.DVAE(TINY))
+    warm = dvae.Relaxed(dvae.DVAE(TINY), width=16)
     frames = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     with torch.no_grad():
         z = warm.latents(frames)
@@ -100,23 +111,115 @@ def test_folding_the_bottleneck_changes_nothing():
         expected = dvae.to_pixels(warm.model.decoder(warm.expand(warm.codebook[codes].permute(0, 3, 1, 2))))
         # The logits are the scaled distances to the codebook: the nearest entry wins.
         nearest = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), warm.codebook).argmin(dim=1)
-    plain = warm.fold()
+    warm.fold()
+    plain = warm.model
     assert torch.equal(codes.flatten(), nearest)
     assert (plain.encode(frames) == codes).float().mean() > 0.99  # rounding may move a near tie
     got = plain.decode(codes).permute(0, 3, 1, 2) / 255
     assert (got - expected.clamp(0, 1)).abs().max() < 1.1 / 255
 
 
-def test_training_learns_and_uses_its_codes():
+@pytest.mark.parametrize("change", [{}, {"straight_through": True}])
+def test_training_learns_and_uses_its_codes(change):
     """On the world at 32 pixels a short training must beat the best constant picture by far and use many codes."""
     frames = np.concatenate([data.world_clip(i, 4, 32).frames for i in range(100)])
-    config = dvae.Config(n_hid=8, blocks_per_group=1, n_init=16, vocab_size=64, residual_gain=1.0)
-    model = dvae.train(frames, config, steps=300)
+    model = dvae.train(lambda i: frames, NARROW, replace(dvae.LAPTOP, steps=300), **change)
     score = dvae.measure(model, frames[:64])
     mean = frames.mean(axis=(0, 1, 2))
     constant = 20 * np.log10(255) - 10 * np.log10(((frames - mean) ** 2).mean())
     assert score["psnr"] > constant + 2
-    assert score["codes_in_use"] >= 24 and score["perplexity"] > 8
+    assert score["codes_in_use"] >= 24 and score["perplexity"] > 4
+
+
+def test_openai_recipe():
+    """The numbers of Ramesh et al., appendix A.2; and a short training with every part of it learns something."""
+    r = dvae.OPENAI
+    assert (r.steps, r.batch, r.lr, r.lr_end) == (1_200_000, 512, 1e-4, 1.25e-6)
+    assert (r.betas, r.kl, r.ema) == ((0.9, 0.999), 6.6, 0.999)
+    assert r.anneal * r.steps == 150_000 and r.kl_warmup * r.steps == 5000 and r.laplace and not r.warm_start
+    frames = np.concatenate([data.world_clip(i, 4, 32).frames for i in range(50)])
+    short = replace(r, steps=300, batch=8, lr=3e-3, kl=0.5, ema=0.9)
+    run = lambda recipe: dvae.measure(dvae.train(lambda i: frames, NARROW, recipe), frames)
+    # A mean over the weights that never moves from the first ones shows that it is the mean that is kept.
+    before, after = run(replace(short, ema=1 - 1e-9)), run(short)
+    assert after["psnr"] > before["psnr"] + 1.5
+
+
+def test_losses_against_torch_distributions():
+    torch.manual_seed(0)
+    output, target = torch.randn(2, 6, 8, 8), torch.rand(2, 3, 8, 8)
+    mu, log_b = output.chunk(2, dim=1)
+    laplace = torch.distributions.Laplace(mu, log_b.exp())
+    likelihood = torch.distributions.TransformedDistribution(laplace, torch.distributions.SigmoidTransform())
+    expected = -likelihood.log_prob(0.1 + 0.8 * target).mean()
+    torch.testing.assert_close(dvae.reconstruction_loss(output, target, laplace=True), expected)
+    logits = torch.randn(2, 32, 3, 5)
+    q = torch.distributions.Categorical(logits=logits.permute(0, 2, 3, 1))
+    uniform = torch.distributions.Categorical(probs=torch.full((32,), 1 / 32))
+    torch.testing.assert_close(dvae.kl_to_uniform(logits), torch.distributions.kl_divergence(q, uniform).mean())
+
+
+def test_straight_through_decodes_hard_codes():
+    """The output is that of one code at each place, at any temperature; gradients still reach the encoder."""
+    torch.manual_seed(0)
+    relaxed = dvae.Relaxed(dvae.DVAE(TINY))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    draw = lambda: torch.Generator().manual_seed(1)
+    output, logits = relaxed(frames, 1.0, straight_through=True, generator=draw())
+    gumbel = -torch.empty_like(logits).exponential_(generator=draw()).log()
+    codes = (logits + gumbel).argmax(dim=1)
+    torch.testing.assert_close(output, relaxed.model.decoder(relaxed.model.decoder.embed(codes)))
+    output.sum().backward()
+    assert relaxed.model.encoder.blocks.input.w.grad.abs().sum() > 0
+
+
+def tokenizer_command(out, *extra):
+    return [sys.executable, "dvae.py", "--resolution", "16", "--steps", "60", "--save-every", "10", "--device", "cpu",
+            "--out", str(out), *extra]  # fmt: skip
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(arguments, status=0):
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "dvae.pt"
+    run(tokenizer_command(out))
+    assert sorted(p.name for p in out.parent.iterdir()) == ["dvae.png", "dvae.pt"]  # the state is gone, a picture there
+    return out
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_training_goes_on_exactly(undisturbed, tmp_path, sign):
+    out, state = tmp_path / "dvae.pt", tmp_path / "dvae.pt.training"
+    process = subprocess.Popen(
+        tokenizer_command(out), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None and not state.exists():
+        time.sleep(0.005)
+    process.send_signal(sign)
+    output = process.communicate()[0]
+    assert state.exists() and not out.exists(), output
+    if sign == signal.SIGTERM:
+        assert process.returncode == 130 and "stopped and saved at step" in output and "Traceback" not in output
+    refused = run(tokenizer_command(out, "--seed", "1"), status=2)
+    assert "its seed is 0, here it is 1; remove it to start over" in refused.stderr
+    run(tokenizer_command(out))
+    assert dvae.load(out).fingerprint() == dvae.load(undisturbed).fingerprint()
+    assert "exists already" in run(tokenizer_command(out), status=2).stderr
+
+
+def test_two_processes_train_one_tokenizer(tmp_path):
+    command = tokenizer_command(tmp_path / "dvae.pt", "--recipe", "laptop", "--batch", "4")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    assert "dB on held-out frames" in run([*launcher, *command[1:]]).stdout
+    assert dvae.load(tmp_path / "dvae.pt").config == dvae.SMALL
 
 
 def test_measure_by_hand():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
         data.iio.imwrite(tmp_path / f"media/{i}.mp4", data.world_clip(i, 9, 48).frames, plugin="FFMPEG", fps=8)
         data.Image.fromarray(data.world_clip(i, 1, 48).frames[0]).save(tmp_path / f"media/{i}.png")
     (tmp_path / "media/broken.mp4").write_bytes((tmp_path / "media/0.mp4").read_bytes()[:200])
-    monkeypatch.setattr(dvae, "train_on", partial(dvae.train_on, steps=12))
+    monkeypatch.setattr(dvae, "train_on", partial(dvae.train_on, recipe=replace(dvae.LAPTOP, steps=12)))
     small = ["--resolution", 32, "--frames", 4, "--stride", 2, "--batch-tokens", 128, "--warmup", 1, "--device", "cpu"]
     arguments = ["--data", tmp_path / "media", "--out", tmp_path / "out", "--steps", 3, *small]
     in_process(monkeypatch, "train.py", *arguments)
@@ -143,6 +144,7 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
     )
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "dvae.pt",
+        "dvae.png",
         "toto.pt",
         "log.jsonl",
         "samples.gif",
@@ -174,7 +176,7 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
         "--resolution",
         32,
     )
-    assert data.Image.open(tmp_path / "out/1-reconstructed.png").size == (3 * 132, 2 * 146)
+    assert data.Image.open(tmp_path / "out/1-reconstructed.png").size == (3 * (128 + 4), 2 * (128 + 18))
 
 
 def test_a_diverged_run_stops_before_it_saves(tokens, tmp_path, monkeypatch):
