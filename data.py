@@ -182,7 +182,7 @@ def decode_video(path, resolution, stride):
     scale = f"scale={resolution}:{resolution}:force_original_aspect_ratio=increase:flags=bicubic"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror", "-protocol_whitelist", "file"]
     command += ["-i", f"file:{path}", "-an", "-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
-    command += ["-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             while process.stdout.readline():  # "P6"
@@ -431,6 +431,7 @@ class Tokens:
             task: [l for s in shards for l in s["labels"].get(task, len(s["names"]) * [None])] for task in tasks
         }
         lengths = [np.array(shard["lengths"], dtype=np.int64) for shard in shards]
+        self.frames_in_shard = [l.sum() for l in lengths]
         self.length = np.concatenate(lengths)
         self.start = np.concatenate(
             [np.cumsum(l) - l for l in lengths]
@@ -445,10 +446,15 @@ class Tokens:
     def codes(self, clip, first=0, n_frames=None):
         """Frames first … first + n_frames - 1 of a clip, uint16 (F, h, w); past its end the last frame repeats."""
         n_frames = self.length[clip] if n_frames is None else n_frames
-        # Opened for this read only: a map that stays open keeps in memory all that was ever read through it.
-        shard = np.load(self.folder / f"{self.shard[clip]:05d}.npy", mmap_mode="r")
-        frames = np.minimum(np.arange(first, first + n_frames), self.length[clip] - 1)
-        return shard[self.start[clip] + frames]
+        frames = np.minimum(np.arange(n_frames), self.length[clip] - first - 1)
+        # A plain read from the file's end backwards: no header to parse, a third of the time of opening a memory map,
+        # and nothing that stays in memory as a map of all that was ever read would.
+        path = self.folder / f"{self.shard[clip]:05d}.npy"
+        h, w = self.meta["grid"]
+        behind = self.frames_in_shard[self.shard[clip]] - self.start[clip] - first  # frames from here to the end
+        offset = os.path.getsize(path) - 2 * h * w * int(behind)
+        stored = np.fromfile(path, dtype=np.uint16, count=int(frames[-1] + 1) * h * w, offset=offset)
+        return stored.reshape(-1, h, w)[frames]
 
 
 def is_held_out(names, share):

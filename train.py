@@ -150,12 +150,18 @@ def main():
         range(first_step, args.steps), initial=first_step, total=args.steps,
         desc="training", unit="step", dynamic_ncols=True, disable=not is_main,
     )  # fmt: skip
+
+    def read_batch(step):
+        """This process's share of a step's sequences; which they are depends on nothing but the seed and the step."""
+        mine = [mixture.sequence(step * n_sequences + i)[0] for i in range(rank, n_sequences, world_size)]
+        batch = torch.as_tensor(np.stack(mine))
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    batch = read_batch(first_step)
     for step in progress:
         started = time.perf_counter()
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = learning_rate(step, args)
-        # This process's share of the step's sequences; which they are depends on nothing but the seed and the step.
-        mine = [mixture.sequence(step * n_sequences + i)[0] for i in range(rank, n_sequences, world_size)]
-        micro_batches = torch.as_tensor(np.stack(mine)).split(args.micro_batch)
+        micro_batches = batch.split(args.micro_batch)
         loss_and_stop = torch.zeros(2, device=device)
         for i, ids in enumerate(micro_batches):
             if signals and world_size == 1:
@@ -165,8 +171,8 @@ def main():
             # That is decided before the forward pass, where DDP reads the flag.
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last or world_size == 1 else trained.no_sync():
-                ids = ids.to(device)
-                loss = trained(ids[:, :-1], ids[:, 1:]) * len(ids) / len(mine)  # Eq. 2
+                ids = ids.to(device, non_blocking=True)
+                loss = trained(ids[:, :-1], ids[:, 1:]) * len(ids) / len(batch)  # Eq. 2
                 loss.backward()
             loss_and_stop[0] += loss.detach() / world_size
         # Not in the paper: gradients clipped at norm 1, as LLaMA does.
@@ -174,6 +180,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
+        batch = read_batch(step + 1)  # while a GPU still computes; the next lines wait for it
         loss_and_stop[1] = len(signals)
         if world_size > 1:  # all processes must agree on whether to stop
             dist.all_reduce(loss_and_stop)

@@ -1,7 +1,11 @@
 """data.py: sequences against hand-built ones, media against what was written, the sampler's promises."""
 
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -230,6 +234,63 @@ def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, untrained_tokeni
     n = len(calls)
     data.tokenize(shards, tmp_path / "cut", untrained_tokenizer, 32, 1)
     assert len(calls) == n  # nothing was left to do
+
+
+def test_tokenizing_killed_goes_on_to_the_same_folder(tmp_path, untrained_tokenizer):
+    for i in range(40):
+        (tmp_path / "media").mkdir(exist_ok=True)
+        write_video(tmp_path / "media" / f"{i}.mp4", 5)
+    dvae.save(untrained_tokenizer, tmp_path / "dvae.pt")
+    read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+    def start(out):
+        command = [sys.executable, "data.py", str(tmp_path / "media"), "--out", str(out), "--resolution", "16"]
+        command += ["--tokenizer", str(tmp_path / "dvae.pt"), "--device", "cpu"]
+        return subprocess.Popen(command, cwd=Path(data.__file__).parent, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = start(tmp_path / "killed")
+    while killed.poll() is None and not (tmp_path / "killed" / "00000.json").exists():
+        time.sleep(0.002)
+    killed.kill()
+    assert killed.wait() != 0 and not (tmp_path / "killed" / "00002.json").exists(), "it was not killed in its middle"
+    assert start(tmp_path / "killed").wait() == 0
+    assert len(read(tmp_path / "whole")) == 7 and read(tmp_path / "killed") == read(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "size, codec",
+    [
+        ((1, 1), ["ffv1", "-pix_fmt", "bgr0"]),
+        ((3, 401), ["ffv1", "-pix_fmt", "bgr0"]),
+        ((64, 64), ["ffv1", "-pix_fmt", "gray16le"]),
+        ((64, 64), ["prores_ks", "-pix_fmt", "yuva444p10le"]),
+    ],
+)
+def test_odd_sizes_and_pixel_formats(tmp_path, size, codec):
+    frames = [Image.fromarray(f).resize(size) for f in data.world_clip(0, 9, 64).frames]
+    (tmp_path / "raw").write_bytes(b"".join(f.tobytes() for f in frames))
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}", "-i", str(tmp_path / "raw")]
+    ffmpeg = [data.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    subprocess.run([*ffmpeg, *raw, "-c:v", *codec, str(tmp_path / "v.mkv")], check=True)
+    got = list(data.read_frames(tmp_path / "v.mkv", 16, stride=1))
+    assert len(got) == 9
+    for frame, original in zip(got, frames):
+        assert min(frame.shape[:2]) == 16 and frame.shape[2] == 3
+        gray = np.asarray(original.convert("L"), float).mean()
+        assert np.asarray(Image.fromarray(frame).convert("L"), float).mean() == pytest.approx(gray, abs=8)
+
+
+def test_uneven_timestamps_keep_their_frames(tmp_path):
+    """ffmpeg must neither repeat a frame that is shown for long nor drop one that is shown briefly."""
+    frames = data.world_clip(0, 9, 64).frames
+    iio.imwrite(tmp_path / "a.gif", frames, duration=[20, 500, 40, 40, 300, 20, 20, 700, 40])
+    ffmpeg = [data.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    subprocess.run([*ffmpeg, "-i", str(tmp_path / "a.gif"), "-fps_mode", "vfr", str(tmp_path / "v.mkv")], check=True)
+    got = list(data.read_frames(tmp_path / "v.mkv", 64, stride=1))
+    assert len(got) == 9
+    for frame, original in zip(got, frames):
+        assert abs(frame.astype(float) - original).mean() < 12
 
 
 def test_crops_are_clips_of_their_own(tmp_path, untrained_tokenizer):

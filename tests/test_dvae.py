@@ -55,19 +55,24 @@ def test_matches_the_dall_e_package():
         assert (ours.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
 
 
-def test_openai_files_are_read_without_the_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize("n_hid, n_init, vocab_size", [(8, 8, 32), (256, 128, 8192)])
+def test_openai_files_are_read_without_the_package(tmp_path, monkeypatch, n_hid, n_init, vocab_size):
     """Whole modules pickled by the DALL-E package, as the published files are: same codes, same pixels."""
     theirs = pytest.importorskip("dall_e", reason="pip install --no-deps DALL-E attrs requests to compare with it")
-    encoder = theirs.encoder.Encoder(n_hid=8, vocab_size=32)
-    decoder = theirs.decoder.Decoder(n_init=8, n_hid=8, vocab_size=32)
+    if n_hid == 256 and "FULL_SIZE" not in os.environ:
+        pytest.skip("half a minute and 2 GB: FULL_SIZE=1 python -m pytest runs it")
+    encoder = theirs.encoder.Encoder(n_hid=n_hid, vocab_size=vocab_size)
+    decoder = theirs.decoder.Decoder(n_init=n_init, n_hid=n_hid, vocab_size=vocab_size)
     for module, name in ((encoder, "encoder"), (decoder, "decoder")):
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
+        for parameter in module.parameters() if n_hid == 8 else ():
+            torch.nn.init.normal_(parameter, std=0.1)  # biases too
         torch.save(module, tmp_path / f"{name}.pkl")
     frames = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
-        codes = encoder(theirs.map_pixels(frames.permute(0, 3, 1, 2) / 255)).argmax(dim=1)
-        output = decoder(torch.nn.functional.one_hot(codes, 32).permute(0, 3, 1, 2).float())
+        logits = encoder(theirs.map_pixels(frames.permute(0, 3, 1, 2) / 255))
+        codes, (first, second) = logits.argmax(dim=1), logits.topk(2, dim=1).values.unbind(dim=1)
+        clear = first - second > 1e-4 * logits.std()
+        output = decoder(torch.nn.functional.one_hot(codes, vocab_size).permute(0, 3, 1, 2).float())
         pixels = theirs.unmap_pixels(torch.sigmoid(output[:, :3])).permute(0, 2, 3, 1)
     for name in [name for name in sys.modules if name.split(".")[0] == "dall_e"]:
         monkeypatch.setitem(sys.modules, name, None)  # as if the package were not installed
@@ -75,8 +80,8 @@ def test_openai_files_are_read_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dvae.py", "--convert", str(tmp_path), "--out", str(tmp_path / "copy.pt")])
     dvae.main()
     for model in (model, dvae.load(tmp_path / "copy.pt")):
-        assert model.config == TINY
-        assert torch.equal(model.encode(frames), codes)
+        assert model.config == dvae.Config(n_hid, 2, n_init, vocab_size)
+        assert torch.equal(model.encode(frames)[clear], codes[clear]) and clear.float().mean() > 0.9
         assert (model.decode(codes) / 255 - pixels).abs().max() <= 0.51 / 255
 
 
