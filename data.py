@@ -357,7 +357,7 @@ def read_ahead(items, n_items=4, n_frames=64):
             yield item, drain(frames)
 
 
-def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=64):
+def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=32):
     """Encode a list of Items: codes uint16 (frames, h, w), and the index of the clips in them."""
     codes, pending, clips, skipped, n_frames = [], [], [], {}, 0
 
