@@ -6,12 +6,19 @@
     §3.5      Toto.features: H_l, the residual stream after layer l
     A.8       Toto.generate: one token at a time, with a KV cache
 
-Not run by itself; `train.py`, `probe.py` and `sample.py` import it. Files: `load` reads a checkpoint of `train.py`.
+    python toto.py                  the sizes and their parameters
+    python toto.py --export FOLDER  a trained model as a Hugging Face LlamaForCausalLM
+
+`train.py`, `probe.py` and `sample.py` import it. Files: `load` reads a checkpoint of `train.py`.
 Shape letters: B batch, T tokens, D width, H heads, L layers, V vocabulary.
 """
 
+import argparse
+import json
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -319,3 +326,67 @@ def from_checkpoint(checkpoint, device="cpu", compute_dtype=torch.float32):
     model = Toto(checkpoint["config"], compute_dtype)
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval().requires_grad_(False)
+
+
+def export_hf(model, folder):
+    """Write the model as a folder that transformers' LlamaForCausalLM.from_pretrained reads: the same logits.
+
+    config.json and model.safetensors, in float32, without the embedding's padding rows. The safetensors format is the
+    length of a JSON header (8 bytes, little-endian), the header (dtype, shape and place of each tensor), the bytes.
+    """
+    c, folder = model.config, Path(folder)
+    tensors = {"model.embed_tokens.weight": model.embedding.weight[: c.vocab_size]}
+    for i, block in enumerate(model.blocks):
+        q, k, v = block.attention.qkv.weight.chunk(3)
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        layer = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
+        layer |= {"self_attn.o_proj": block.attention.out.weight}
+        layer |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.out.weight}
+        layer |= {"input_layernorm": block.attention_norm.weight, "post_attention_layernorm": block.mlp_norm.weight}
+        tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+    tensors["model.norm.weight"] = model.norm.weight
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
+        "vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.hidden,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_heads,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": c.rope_base, "max_position_embeddings": 4098,
+        "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+        "bos_token_id": VIDEO_START, "eos_token_id": END, "pad_token_id": 0,
+    }  # fmt: skip
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "model.safetensors.tmp", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            file.write(tensor.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="List the sizes, or export a trained model to Hugging Face's format.")
+    add = parser.add_argument
+    add("--export", metavar="FOLDER", help="write a LlamaForCausalLM folder here")
+    parser.add_argument(
+        "--checkpoint", default="out/toto.pt", help="a model trained by train.py (default: out/toto.pt)"
+    )
+    args = parser.parse_args()
+    if args.export:
+        export_hf(load(args.checkpoint), args.export)
+        print(f"wrote {args.export}: AutoModelForCausalLM.from_pretrained({args.export!r}) reads it")
+        return
+    print("size    width  heads  layers   MLP  parameters, with 8,192 codes")
+    for name, c in SIZES.items():
+        with torch.device("meta"):
+            n = Toto(c).count_parameters()
+        print(f"{name:<6} {c.dim:>6} {c.n_heads:>6} {c.n_layers:>7} {c.hidden:>5}  {n / 1e6:,.2f} M")
+
+
+if __name__ == "__main__":
+    import data
+
+    data.run(main)

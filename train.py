@@ -64,6 +64,17 @@ def parse_arguments():
     add("--lr", type=float, help=f"peak learning rate (default: {about('lr')})")
     add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
     add("--save-every", type=data.positive, help=f"steps between checkpoints (default: {about('save_every')})")
+    add(
+        "--init-from",
+        type=Path,
+        help="start from the weights of this checkpoint (Table 4: fine-tune at --resolution 256)",
+    )
+    add("--rope-base", type=float, help="RoPE's base (default: 10,000, or that of --init-from; Table 4 uses 50,000)")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="no training: loss by source, frame and token of the checkpoint in --out",
+    )
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
@@ -117,7 +128,16 @@ def main():
 
     torch.manual_seed(args.seed)
     config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + meta["vocab_size"])
+    start = toto.load_checkpoint(args.init_from) if args.init_from else None
+    if start is not None:
+        if replace(start["config"], rope_base=config.rope_base) != config or start["tokenizer"] != meta["tokenizer"]:
+            raise ValueError(f"{args.init_from}: is of another size or tokenizer than this run")
+        config = start["config"]
+    if args.rope_base:
+        config = replace(config, rope_base=args.rope_base)
     model = toto.Toto(config, compute_dtype).to(device)
+    if start is not None:
+        model.load_state_dict(start["model"])
     optimizer = make_optimizer(model, args.lr)
     checkpoint_path, log_path = args.out / "toto.pt", args.out / "log.jsonl"
     # What decides which sequences a step sees: a run that goes on must have the same.
@@ -131,6 +151,17 @@ def main():
         f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens"
         + (f"; going on at step {first_step:,}" if first_step else "")
     )
+    if args.evaluate:
+        if not first_step:
+            raise ValueError(f"{checkpoint_path}: no such checkpoint to evaluate")
+        results = evaluate(model, held_out, args.micro_batch, device, rank, world_size, limit=10**9, by_position=True)
+        if is_main:
+            print_results(results)
+            data.write_json(results, args.out / "validation.json")
+            print(f"wrote {args.out / 'validation.json'}, with the loss by frame and by token")
+        if world_size > 1:
+            dist.destroy_process_group()
+        return
     if is_main:
         trim_log(log_path, first_step)
 
@@ -359,12 +390,13 @@ def trim_log(path, step):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=64):
+def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=64, by_position=False):
     """For each source, over up to `limit` held-out sequences:
 
-    loss, in nats per visual token; loss_by_frame (A.1, Fig. 10); the accuracy of the most probable next token on all
-    frames but the first, beside that of repeating the code at the same place of the frame before; and the entropy of
-    the codes' unigram distribution, which is the loss of a model that knows nothing but how frequent each code is.
+    loss, in nats per visual token; loss_by_frame (A.1, Fig. 10), and loss_by_token if by_position; the accuracy of the
+    most probable next token on all frames but the first, beside that of repeating the code at the same place of the
+    frame before; and the entropy of the codes' unigram distribution, which is the loss of a model that knows nothing
+    but how frequent each code is.
     """
     results = {}
     for name, source in held_out.items():
@@ -372,7 +404,7 @@ def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=6
         frames, n = source.n_frames, min(len(source), limit)
         if n == 0:
             continue
-        sums = torch.zeros(frames, 3, device=device)  # of loss, correct and repeated, by frame
+        sums = torch.zeros(frames * h * w, 3, device=device)  # of loss, correct and repeated, by position
         counts = torch.zeros(model.config.vocab_size, device=device)
         order = np.linspace(0, len(source) - 1, n).round().astype(int)
         mine = [source.sequence(k, source.images) for k in order[rank::world_size]]
@@ -383,20 +415,20 @@ def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=6
             correct = logits.argmax(dim=-1) == targets
             repeated = torch.zeros_like(correct)
             repeated[:, h * w :] = targets[:, h * w :] == targets[:, : -h * w]
-            by_frame = torch.stack((loss, correct.float(), repeated.float()), dim=-1)  # (B, T, 3)
-            sums += by_frame.view(len(ids), frames, h * w, 3).sum(dim=(0, 2))
+            sums += torch.stack((loss, correct.float(), repeated.float()), dim=-1).sum(dim=0)  # (B, T, 3) -> (T, 3)
             counts += torch.bincount(targets.flatten(), minlength=len(counts))
         if world_size > 1:
             dist.all_reduce(sums)
             dist.all_reduce(counts)
-        mean = sums / (n * h * w)
+        by_token = sums / n
+        mean = by_token.view(frames, h * w, 3).mean(dim=1)  # (F, 3)
         results[name] = {
             "loss": mean[:, 0].mean().item(),
             "loss_by_frame": [round(x, 4) for x in mean[:, 0].tolist()],
             "accuracy": mean[1:, 1].mean().item(),
             "repeat_accuracy": mean[1:, 2].mean().item(),
             "unigram_entropy": torch.special.entr(counts / counts.sum()).sum().item(),
-        }
+        } | ({"loss_by_token": by_token[:, 0].tolist()} if by_position else {})
     return results
 
 

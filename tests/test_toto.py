@@ -1,5 +1,8 @@
 """toto.py against independent references: explicit formulas, torch's own modules, Hugging Face's Llama."""
 
+import sys
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -40,34 +43,18 @@ def test_table_15_counts(size, D, L):
     assert model.count_parameters() == L * (4 * D * D + 12 * D * D + 2 * D) + 8196 * D + D
 
 
-def test_matches_hugging_face_llama(model):
-    """The whole model, logits and loss, against an implementation that we did not write."""
+def test_exports_to_hugging_face_llama(model, tmp_path, monkeypatch, capsys):
+    """The whole model, logits and loss, against an implementation that we did not write, and that reads our export."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with its Llama")
-    config = transformers.LlamaConfig(
-        vocab_size=SMALL.vocab_size, hidden_size=SMALL.dim, intermediate_size=SMALL.hidden,
-        num_hidden_layers=SMALL.n_layers, num_attention_heads=SMALL.n_heads, rms_norm_eps=1e-5,
-        rope_theta=SMALL.rope_base, tie_word_embeddings=True, attention_bias=False,
-    )  # fmt: skip
-    llama = transformers.LlamaForCausalLM(config).eval()
-    theirs = {
-        "model.embed_tokens.weight": model.embedding.weight[: SMALL.vocab_size],
-        "model.norm.weight": model.norm.weight,
-    }
-    for i, block in enumerate(model.blocks):
-        q, k, v = block.attention.qkv.weight.chunk(3)
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        theirs |= {
-            f"model.layers.{i}.{name}.weight": weight
-            for name, weight in {
-                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                "self_attn.o_proj": block.attention.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
-                "mlp.down_proj": block.mlp.out.weight, "input_layernorm": block.attention_norm.weight,
-                "post_attention_layernorm": block.mlp_norm.weight,
-            }.items()
-        }  # fmt: skip
-    missing = llama.load_state_dict(theirs, strict=False)
-    assert missing.unexpected_keys == [] and missing.missing_keys == ["lm_head.weight"]
-    llama.tie_weights()
+    checkpoint = {"model": model.state_dict(), "config": asdict(SMALL), "step": 1, "tokenizer": "x"}
+    torch.save(checkpoint, tmp_path / "toto.pt")
+    arguments = ["toto.py", "--checkpoint", str(tmp_path / "toto.pt"), "--export", str(tmp_path / "hf")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    toto.main()
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    llama, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert isinstance(llama, transformers.LlamaForCausalLM) and not any(report.values()), report
+    assert llama.num_parameters() == model.count_parameters()
     ids = random_ids(2, 40)
     with torch.no_grad():
         expected = llama(ids, labels=ids)

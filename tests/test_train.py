@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def test_evaluate_by_hand(tokens):
     torch.manual_seed(0)
     model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=1, hidden=32, vocab_size=36))
     torch.nn.init.normal_(model.embedding.weight)
-    result = train.evaluate(model, {"x": source}, 3, torch.device("cpu"))["x"]
+    result = train.evaluate(model, {"x": source}, 3, torch.device("cpu"), by_position=True)["x"]
     nll, right, same, codes = [], [], [], []
     for k in range(len(source)):
         ids = source.sequence(k, source.images)
@@ -236,9 +237,33 @@ def test_evaluate_by_hand(tokens):
     assert result["loss_by_frame"] == pytest.approx(
         np.array(nll).reshape(-1, 4, 16).mean(axis=(0, 2)).tolist(), rel=1e-3
     )
+    assert result["loss_by_token"] == pytest.approx(np.mean(nll, axis=0).tolist(), rel=1e-4)
     assert result["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
     assert result["repeat_accuracy"] == pytest.approx(np.mean(same), abs=1e-6)
     assert result["unigram_entropy"] == pytest.approx(-(share * np.log(share)).sum(), rel=1e-4)
+
+
+def test_evaluate_a_checkpoint(tokens, undisturbed, tmp_path, monkeypatch, capsys):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    before = (tmp_path / "out" / "log.jsonl").read_bytes()
+    in_process(monkeypatch, *command(tokens, tmp_path / "out", "--evaluate"))
+    (result,) = json.loads((tmp_path / "out" / "validation.json").read_text()).values()
+    assert len(result["loss_by_token"]) == 64 and f"loss {result['loss']:.3f}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="no such checkpoint to evaluate"):
+        in_process(monkeypatch, *command(tokens, tmp_path / "none", "--evaluate"))
+
+
+def test_start_from_other_weights(tokens, undisturbed, tmp_path, monkeypatch):
+    """Table 4: a run that starts from a checkpoint begins where that one ended, with another RoPE base if asked."""
+    start = ["--init-from", str(undisturbed / "toto.pt"), "--lr", "1e-9"]
+    in_process(monkeypatch, *command(tokens, tmp_path / "on", *start, "--steps", "1"))
+    assert losses(tmp_path / "on")[0] < losses(undisturbed)[0] - 0.3
+    in_process(monkeypatch, *command(tokens, tmp_path / "base", *start, "--rope-base", "50000", "--steps", "1"))
+    assert toto.load(tmp_path / "base" / "toto.pt").config.rope_base == 50_000
+    assert losses(tmp_path / "base") != losses(tmp_path / "on")
+    with pytest.raises(ValueError, match="is of another size or tokenizer"):
+        in_process(monkeypatch, *command(tokens, tmp_path / "other", *start, "--size", "a1"))
 
 
 def test_specs():
