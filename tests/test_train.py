@@ -1,7 +1,6 @@
 """train.py as users run it: whole runs in processes of their own, stopped, killed, resumed and shared."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +17,7 @@ import data
 import dvae
 import toto
 import train
-
-ROOT = Path(__file__).parent.parent
-# One thread: on two cores, two processes with two threads each would mostly wait for one another.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+from conftest import ENVIRONMENT, PAIR, ROOT, run
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +34,6 @@ def command(tokens, out, *extra):
         "train.py", "--data", str(tokens / "tokens"), "--tokenizer", str(tokens / "dvae.pt"), "--out", str(out),
         "--frames", "4", "--batch-tokens", "256", "--warmup", "2", "--save-every", "4", "--device", "cpu", *extra,
     ]  # fmt: skip
-
-
-def run(arguments, launcher=(sys.executable,), status=0):
-    done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr[-2000:]
-    return done
 
 
 def losses(out, key="loss"):
@@ -104,10 +93,9 @@ def test_stop_and_go_on_exactly(tokens, undisturbed, tmp_path, sign):
 
 
 def test_two_processes_and_micro_batches_give_the_same_losses(tokens, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     slow = ["--steps", "12", "--lr", "3e-4"]  # at the default rate differences in rounding grow fast
     run(command(tokens, tmp_path / "one", *slow))
-    run(command(tokens, tmp_path / "two", *slow, "--micro-batch", "1"), launcher)
+    run(command(tokens, tmp_path / "two", *slow, "--micro-batch", "1"), PAIR)
     run(command(tokens, tmp_path / "micro", *slow, "--micro-batch", "1"))
     for out in ("two", "micro"):
         assert losses(tmp_path / out) == pytest.approx(losses(tmp_path / "one"), rel=3e-3)  # bfloat16 rounds
