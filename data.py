@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -300,11 +301,12 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
     """Encode the shards into the token folder `out`; go on where an earlier call stopped, and share the work by rank.
 
     crops = 1 takes the centre of every frame; more take that many places at random, the same for all frames of a clip
-    (§3.4: "a random crop of R x R x T"), each stored as a clip of its own.
+    (§3.4: "a random crop of R x R x T"), each stored as a clip of its own. Returns the number of this rank's clips.
     """
     out = Path(out)
     grid = resolution // dvae.PIXELS_PER_CODE
     meta = {
+        "source": str(source),
         "tokenizer": tokenizer.fingerprint(),
         "precision": str(tokenizer.compute_dtype).removeprefix("torch."),
         "vocab_size": tokenizer.config.vocab_size,
@@ -318,21 +320,26 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
         for key, value in meta.items():
             if stored.get(key) != value:
                 raise ValueError(f"{out}: was made with {key} {stored.get(key)}, not {value}; use another folder")
-    write_json({**meta, "source": str(source), "shards": len(shards)}, out / "meta.json")
+    ours = re.compile(r"(meta|\d+)\.(json|npy)(\.\d+\.tmp)?")
+    for path in out.iterdir() if out.exists() else ():
+        if not ours.fullmatch(path.name):
+            raise ValueError(f"{out}: holds {path.name}, which is none of a token folder's files; use another folder")
+    write_json({**meta, "shards": len(shards)}, out / "meta.json")
 
     todo = [i for i in range(rank, len(shards), world_size) if not is_finished(out, i, shards[i])]
     with tqdm(total=sum(len(shards[i]) for i in todo), desc="tokenizing", unit="file", dynamic_ncols=True) as bar:
-        skipped, n_frames = {}, 0
+        n_frames = 0
         for i in todo:
             codes, index = encode_shard(shards[i], tokenizer, resolution, crops, bar)
             (out / f"{i:05d}.json").unlink(missing_ok=True)  # of other files than these
             with dvae.atomic_open(out / f"{i:05d}.npy") as file:
                 np.save(file, codes)
             write_json(index, out / f"{i:05d}.json")  # last: a shard with an index is finished
-            skipped |= index["skipped"]
             n_frames += len(codes)
             bar.set_postfix_str(f"{n_frames / max(bar.format_dict['elapsed'], 1e-9):.0f} frames/s")
-    report_skipped(skipped)
+    finished = [json.loads((out / f"{i:05d}.json").read_text()) for i in range(rank, len(shards), world_size)]
+    report_skipped({name: why for index in finished for name, why in index["skipped"].items()})
+    return sum(len(index["names"]) for index in finished)
 
 
 def read_ahead(items, n_items=4, n_frames=64):
@@ -587,6 +594,7 @@ def tokenize_cached(source, shards, cache, tokenizer, resolution, stride, rank=0
     """Tokenize into a folder of `cache` that is named after the source and all that its codes depend on; return it."""
     settings = f"{Path(source).absolute()} {tokenizer.fingerprint()} {tokenizer.compute_dtype} {resolution} {stride}"
     folder = Path(cache) / f"{Path(source).name}-{zlib.crc32(settings.encode()):08x}"
+    source = Path(source).absolute()
     tokenize(shards, folder, tokenizer, resolution, stride, source=source, rank=rank, world_size=world_size)
     return folder
 
@@ -652,6 +660,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """--help with the defaults, but for flags whose own text says what happens without them."""
 
     def _get_help_string(self, action):
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -660,6 +670,13 @@ def positive(text):
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def rate(text):
+    """For argparse: a learning rate."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(text)
 
 
 def resolution(text):
@@ -676,6 +693,10 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose cpu, cuda or mps")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("this machine, or this build of PyTorch, has none")
         if device.type == "cuda":
             if device.index is None or "LOCAL_RANK" in os.environ:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -691,12 +712,12 @@ def load_model(checkpoint_path, tokenizer_path, device):
     dtype = fast_dtype(device)
     path = Path(tokenizer_path or Path(checkpoint_path).with_name("dvae.pt"))
     for needed in (Path(checkpoint_path), path):
-        if not needed.exists():
+        if not needed.exists() or needed == Path(checkpoint_path) and not needed.is_file():
             raise ValueError(f"{needed}: no such file; train.py makes one")
     checkpoint, tokenizer = toto.load_checkpoint(checkpoint_path), dvae.load(path, device, dtype)
     if tokenizer.fingerprint() != checkpoint["tokenizer"]:
         raise ValueError(
-            f"{path} is not the tokenizer that {checkpoint_path} was trained with; give it with --tokenizer"
+            f"{path} is not the tokenizer that {checkpoint_path} was trained with; give that with --tokenizer"
         )
     return toto.from_checkpoint(checkpoint, device, dtype), tokenizer, checkpoint
 
@@ -719,8 +740,13 @@ def main():
     add = parser.add_argument
     add("media", nargs="+", help="files, or folders, of images and videos")
     add("--out", required=True, type=Path, help="the token folder to write")
-    add("--tokenizer", default="out/dvae.pt", help="a tokenizer trained by dvae.py")
-    add("--resolution", type=resolution, default=128, help="R of §3.4: side of the crops in pixels")
+    add("--tokenizer", default="out/dvae.pt", help="a tokenizer of dvae.py, or a folder with OpenAI's two files")
+    add(
+        "--resolution",
+        type=resolution,
+        default=128,
+        help="R of §3.4: side of the crops in pixels, that of the training to come",
+    )
     add("--stride", type=positive, default=4, help="keep every n-th frame of a video")
     add(
         "--crops", type=positive, default=1, help="1: the centre of each frame; more: as many random crops of each item"
@@ -731,10 +757,11 @@ def main():
     tokenizer = dvae.load(args.tokenizer, device, fast_dtype(device))
     shards = [shard for path in args.media for shard in media_shards(path, args.resolution, args.stride)]
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    source = " ".join(args.media)
-    tokenize(shards, args.out, tokenizer, args.resolution, args.stride, args.crops, source, rank, world_size)
-    n_files = sum(map(len, shards[rank::world_size]))
-    print(f"wrote tokens of {n_files:,} files, less those skipped, to {args.out}")
+    source = " ".join(str(Path(path).absolute()) for path in args.media)
+    n = tokenize(shards, args.out, tokenizer, args.resolution, args.stride, args.crops, source, rank, world_size)
+    if world_size == 1 and n == 0:
+        raise ValueError("none of the media files could be read")
+    print(f"{args.out} holds {n:,} clips" + (f" of process {rank}" if world_size > 1 else ""))
 
 
 if __name__ == "__main__":

@@ -646,6 +646,8 @@ def reconstruct(paths, tokenizer_path, out, resolution, stride, device, compute_
 
     model = load(tokenizer_path, device, compute_dtype)
     for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file")
         frames = np.stack([data.crop(f, resolution) for f in islice(data.read_frames(path, resolution, stride), 8)])
         picture = Path(out) / f"{Path(path).stem}-reconstructed.png"
         kept = model.decode(model.encode(frames)).cpu().numpy()
@@ -663,7 +665,13 @@ def main():
         formatter_class=data.HelpFormatter,
     )
     add = parser.add_argument
-    add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of images and videos to train on")
+    add(
+        "--data",
+        nargs="+",
+        default=[data.WORLD],
+        metavar="PATH",
+        help="folders of images and videos, or world: the built-in one",
+    )
     add("--reconstruct", nargs="+", metavar="FILE", help="no training: draw what --out keeps of images and videos")
     add("--convert", metavar="FOLDER", help="no training: write OpenAI's two files as one safe file, --out")
     add("--out", default="out/dvae.pt", type=Path, help="the tokenizer's file")
@@ -693,6 +701,7 @@ def main():
             args.reconstruct, args.out, args.out.parent, args.resolution, args.stride, device, data.fast_dtype(device)
         )
         return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rank, world_size = start_processes(device)
     recipe = RECIPES[args.recipe or ("openai" if args.size == "full" else "laptop")]
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)

@@ -233,7 +233,7 @@ def print_table(results, layers, pools, classes, n_layers):
                 f"{results[task, pool, l]:6.1%} " + f"{'█' * round(24 * results[task, pool, l]):<25}" for pool in pools
             ]
             print(f"{l:>5}  " + "".join(cells))
-        for pool in pools:
+        for pool in pools if len(layers) > 1 else ():
             best = max(layers, key=lambda l: results[task, pool, l])
             print(f"best with {pool}: layer {best} of {n_layers}, {results[task, pool, best]:.1%}")
 
@@ -253,15 +253,18 @@ def main():
     add("--out", default="out", type=Path, help="folder for probe.json and cached tokens")
     add("--epochs", type=data.positive, default=10, help="passes over the training set")
     add("--batch", type=data.positive, default=32, help="clips in a step")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of the heads")
+    add("--lr", type=data.rate, default=2e-3, help="peak learning rate of the heads")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
 
+    args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
     model, tokenizer, checkpoint = data.load_model(args.checkpoint, args.tokenizer, device)
     layers = parse_layers(args.layer, model.config.n_layers)
     train, val = load_sets(args, checkpoint, tokenizer)
+    if len(train) < 2:
+        raise ValueError("probing needs at least 2 training clips")
     heads = make_heads(model.config, layers, args.pool, train.classes, args.seed, device)
     print(f"{len(train)} training and {len(val)} validation clips of {train.ids.shape[1] - 1} tokens; layers {layers}")
     train_heads(heads, Features(model, train.ids, layers, device), train, args, device)

@@ -10,6 +10,7 @@ Shape letters: B samples, F frames, h and w codes.
 """
 
 import argparse
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_prompts(args, checkpoint):
         clips = WORLD_CLIPS[args.seed * args.samples :][: args.samples]
         return np.stack([data.world_clip(i, args.frames, resolution).frames for i in clips])
     if not args.prompt.is_file():
-        raise ValueError(f"--prompt {args.prompt}: no such file")
+        raise ValueError(f"--prompt {args.prompt}: {'is a folder, not a' if args.prompt.is_dir() else 'no such'} file")
     frames = data.read_frames(args.prompt, resolution, checkpoint["stride"])
     frames = np.stack([data.crop(frame, resolution) for frame in islice(frames, args.frames)])
     return np.repeat(frames[None], args.samples, axis=0)
@@ -73,9 +74,10 @@ def main():
     args = parser.parse_args()
     if args.prompt_frames >= args.frames:
         raise ValueError("--prompt-frames must be less than --frames")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--temperature and --top-k must not be negative, --top-p must lie above 0 and up to 1")
 
+    args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
     model, tokenizer, checkpoint = data.load_model(args.checkpoint, args.tokenizer, device)
     truth = read_prompts(args, checkpoint)

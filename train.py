@@ -30,7 +30,7 @@ import toto
 # §3.2: AdamW, peak 3e-4, 2,000 warm-up steps, batches of 2^20 tokens; §3.3: 10^12 tokens; §3.4: R = 128.
 PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 1000}
 # Not in the paper: what trains `tiny` on two cores in minutes.
-LAPTOP = {"resolution": 48, "batch_tokens": 2**10, "steps": 3500, "lr": 5e-3, "warmup": 50, "save_every": 500}
+LAPTOP = {"resolution": 48, "batch_tokens": 2**10, "steps": 4200, "lr": 5e-3, "warmup": 50, "save_every": 500}
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "4090": 165, "3090": 71}
@@ -47,7 +47,11 @@ def parse_arguments():
     )
     add("--size", default="tiny", help=f"one of {', '.join(toto.SIZES)}")
     add("--out", default="out", type=Path, help="folder for the checkpoint, the log and the samples")
-    add("--tokenizer", type=Path, help="a dvae.pt (default: the one in --out, trained first if it is missing)")
+    add(
+        "--tokenizer",
+        type=Path,
+        help="a dvae.pt, or OpenAI's folder (default: the one in --out, trained first if media need one)",
+    )
     add("--resolution", type=data.resolution, help=f"side of the frames in pixels (default: {about('resolution')})")
     add("--frames", type=data.positive, default=16, help="frames in a sequence, at least 2")
     add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
@@ -58,7 +62,7 @@ def parse_arguments():
         help=f"visual tokens in a step, over all processes (default: {about('batch_tokens')})",
     )
     add("--micro-batch", type=data.positive, default=4, help="sequences in one forward pass of one process")
-    add("--lr", type=float, help=f"peak learning rate (default: {about('lr')})")
+    add("--lr", type=data.rate, help=f"peak learning rate (default: {about('lr')})")
     add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
     add("--save-every", type=data.positive, help=f"steps between checkpoints (default: {about('save_every')})")
     add(
@@ -79,6 +83,8 @@ def parse_arguments():
         raise ValueError(f"--size {args.size}: there is no such size; choose from {', '.join(toto.SIZES)}")
     if args.frames < 2:
         raise ValueError("--frames 1: a sequence needs at least 2 frames")
+    args.resolution_asked = args.resolution
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -103,8 +109,6 @@ def main():
     specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
     tokenizer = prepare_tokenizer(args, specs, device, compute_dtype, is_main)
     sources = prepare_sources(args, specs, tokenizer, rank, world_size)
-    if is_main and tokenizer is not None and args.tokenizer:
-        dvae.save(tokenizer, args.out / "dvae.pt")  # --out then holds all that probe.py and sample.py need
     mixture = data.Mixture(
         [data.Source(tokens, args.frames) for tokens in sources.values()],
         [weight for _, weight in specs],
@@ -146,6 +150,10 @@ def main():
         optimizer.load_state_dict(start["optimizer"])
         first_step = start["step"]
     del start
+    if is_main and tokenizer is None:
+        print("no tokenizer given: there will be no samples, and probe.py and sample.py will need --tokenizer")
+    elif is_main and args.tokenizer and args.tokenizer != args.out / "dvae.pt":
+        keep_tokenizer(tokenizer, args.out / "dvae.pt")
     flops_per_step = model.flops_per_token(tokens_per_sequence) * n_sequences * tokens_per_sequence
     peak_flops = world_size * peak_flops_per_second(device, compute_dtype)
     say(
@@ -254,14 +262,26 @@ def main():
         dist.destroy_process_group()
 
 
+def keep_tokenizer(tokenizer, path):
+    """Copy the given tokenizer into --out, which then holds all that probe.py and sample.py need."""
+    if not path.exists():
+        dvae.save(tokenizer, path)
+    elif dvae.load(path).fingerprint() != tokenizer.fingerprint():
+        raise ValueError(f"{path}: is another tokenizer than --tokenizer; give another --out, or remove it")
+
+
 def parse_spec(spec):
     """PATH or PATH=WEIGHT -> [path, weight]. Not in the paper: sources without a weight get 1."""
     path, _, weight = spec.rpartition("=")
+    if spec == data.WORLD or Path(spec).exists():
+        return [spec, 1.0]  # no weight, or a path with "=" in it
+    if not path or not Path(path).exists() and path != data.WORLD:
+        raise ValueError(f"{path or spec}: no such file or folder")
     try:
         weight = float(weight)
     except ValueError:
-        return [spec, 1.0]  # no weight, or a path with "=" in it
-    if not path or not 1e-4 <= weight <= 1e4:
+        raise ValueError(f"--data {spec}: {weight!r} is not a number to weigh {path} by") from None
+    if not 1e-4 <= weight <= 1e4:
         raise ValueError(f"--data {spec}: a weight must lie between 0.0001 and 10,000")
     return [path, weight]
 
@@ -274,7 +294,8 @@ def prepare_tokenizer(args, specs, device, compute_dtype, is_main):
         if not media:
             return None
         if is_main:
-            print(f"no tokenizer at {path}: training one on the same data")
+            goes_on = Path(f"{path}.training").exists()
+            print(f"no tokenizer at {path}: {'going on with training' if goes_on else 'training'} one on the same data")
             dvae.train_on(media, path, args.resolution, args.stride, args.seed, device, compute_dtype)
     if dist.is_initialized():
         dist.barrier()
@@ -294,6 +315,10 @@ def prepare_sources(args, specs, tokenizer, rank, world_size):
             if world_size > 1:
                 dist.barrier()
         tokens = data.Tokens(folder)
+        if args.resolution_asked not in (None, tokens.meta["resolution"]):
+            raise ValueError(
+                f"{path}: has frames of {tokens.meta['resolution']} pixels, not of {args.resolution_asked}"
+            )
         first = next(iter(sources.values()), tokens)
         for key in ("tokenizer", "grid"):
             if tokens.meta[key] != first.meta[key]:

@@ -318,6 +318,8 @@ def test_a_folder_made_otherwise_is_refused(tmp_path, untrained_tokenizer):
         data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 4)
     with pytest.raises(ValueError, match="was made with tokenizer"):
         data.tokenize(shards, tmp_path / "t", dvae.DVAE(untrained_tokenizer.config), 16, 1)
+    with pytest.raises(ValueError, match="was made with source"):
+        data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 1, source="other")
 
 
 def test_damaged_files_are_skipped_and_named(tmp_path, untrained_tokenizer, capsys):

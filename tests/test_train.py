@@ -254,12 +254,38 @@ def test_start_from_other_weights(tokens, undisturbed, tmp_path, monkeypatch):
         in_process(monkeypatch, *command(tokens, tmp_path / "other", *start, "--size", "a1"))
 
 
-def test_specs():
+def test_specs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a=b").mkdir()
     assert train.parse_spec("a/b") == ["a/b", 1.0] and train.parse_spec("a/b=0.6") == ["a/b", 0.6]
-    assert train.parse_spec("a=b/c") == ["a=b/c", 1.0]
+    assert train.parse_spec("a=b") == ["a=b", 1.0] and train.parse_spec("a=b=2") == ["a=b", 2.0]
+    assert train.parse_spec("world") == ["world", 1.0] and train.parse_spec("world=0.5") == ["world", 0.5]
     for spec in ("a=0", "a=-1", "a=inf", "a=nan"):
         with pytest.raises(ValueError, match="a weight must lie between"):
             train.parse_spec(spec)
+    with pytest.raises(ValueError, match="'much' is not a number"):
+        train.parse_spec("a=much")
+    for spec in ("c", "c=0.5", "=0.5"):
+        with pytest.raises(ValueError, match="no such file or folder"):
+            train.parse_spec(spec)
+
+
+def test_a_refused_run_leaves_its_folder_as_it_was(tokens, undisturbed, tmp_path, untrained_tokenizer, monkeypatch):
+    """Other tokens and another tokenizer with the same --out: nothing that the trained model needs is overwritten."""
+    shutil.copytree(undisturbed, tmp_path / "out")
+    torch.manual_seed(1)
+    other = dvae.DVAE(untrained_tokenizer.config)
+    dvae.save(other, tmp_path / "other" / "dvae.pt")
+    data.tokenize(data.world_shards(range(60), 32, n_frames=4), tmp_path / "other" / "tokens", other, 32, 1)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="its tokenizer is"):
+        in_process(monkeypatch, *command(tmp_path / "other", tmp_path / "out"))
+    (tmp_path / "out" / "toto.pt").rename(tmp_path / "toto.pt")
+    with pytest.raises(ValueError, match="is another tokenizer than --tokenizer"):
+        in_process(monkeypatch, *command(tmp_path / "other", tmp_path / "out", "--steps", "1"))
+    (tmp_path / "toto.pt").rename(tmp_path / "out" / "toto.pt")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 TRAINED = "--checkpoint {done}/toto.pt --tokenizer {tokens}/dvae.pt"
@@ -270,11 +296,18 @@ BAD_INPUT = {
     "train.py --data {tokens}/tokens --tokenizer {tmp}/other.pt": "was made by another tokenizer",
     "train.py --tokenizer {tmp}/noise.pt": "{tmp}/noise.pt is not a tokenizer of dvae.py",
     "train.py --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
-    "train.py --device abacus": "--device abacus",
+    "train.py --device abacus": "--device abacus: Expected one of",
+    "train.py --device meta": "--device meta: choose cpu, cuda or mps",
+    "train.py --device cuda": "--device cuda: this machine, or this build of PyTorch, has none",
+    "train.py --lr -1": "argument --lr: must be above 0",
+    "train.py --data {tokens}/tokens --resolution 64": "has frames of 32 pixels, not of 64",
+    "train.py --out {tmp}/noise.pt": "{tmp}/noise.pt: file exists",
     "train.py --resolution 60": "argument --resolution: must be a multiple of 8",
     "train.py --frames 1": "--frames 1: a sequence needs at least 2 frames",
     "train.py --steps 0": "argument --steps: must be at least 1",
     "data.py {tmp}/empty --out {tmp}/t --tokenizer {tokens}/dvae.pt": "{tmp}/empty: no images or videos here",
+    "data.py {tmp} --out {tmp}/t --tokenizer {tokens}/dvae.pt": "none of the media files could be read",
+    "data.py {tmp} --out {tokens} --tokenizer {tokens}/dvae.pt": "which is none of a token folder's files",
     "data.py {tmp} --out {tmp}/t --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
     "probe.py --checkpoint {tmp}/none.pt": "{tmp}/none.pt: no such file; train.py makes one",
     "probe.py --checkpoint {tmp}/noise.pt --tokenizer {tokens}/dvae.pt": "{tmp}/noise.pt is not a checkpoint",
@@ -284,6 +317,9 @@ BAD_INPUT = {
     "probe.py --data {tmp}/empty " + TRAINED: "{tmp}/empty/train: no such folder",
     "sample.py --prompt {tmp}/none.mp4 " + TRAINED: "{tmp}/none.mp4: no such file",
     "sample.py --prompt {tmp}/noise.mp4 " + TRAINED: "{tmp}/noise.mp4: cannot be read as an image or a video",
+    "sample.py --prompt {tmp} " + TRAINED: "{tmp}: is a folder, not a file",
+    "sample.py --temperature nan": "--temperature and --top-k must not be negative",
+    "dvae.py --reconstruct {tmp}/none.png --out {tokens}/dvae.pt": "{tmp}/none.png: no such file",
     "sample.py --top-p 0": "--top-p must lie above 0",
     "sample.py --prompt-frames 20": "--prompt-frames must be less than --frames",
 }
@@ -297,9 +333,10 @@ def test_bad_input_is_one_clear_line(command, untrained_tokenizer, tokens, undis
     dvae.save(dvae.DVAE(untrained_tokenizer.config), tmp_path / "other.pt")
     fill = lambda text: text.format(tmp=tmp_path, tokens=tokens, done=undisturbed)
     script, *arguments = fill(command).split()
-    if script != "data.py":
+    if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         data.run(__import__(script.removesuffix(".py")).main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
