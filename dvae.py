@@ -401,10 +401,10 @@ class Relaxed(nn.Module):
             found = [torch.cdist(chunk, E).min(dim=1) for chunk in z.split(16384)]
             return torch.cat([d for d, _ in found]), torch.cat([k for _, k in found])
 
-        E = z[: V // 8]
+        E = z[:1]
         while len(E) < V:
             odds = nearest(E)[0].pow(2).cpu() + 1e-12
-            n_new = min(V // 8 + 1, V - len(E))
+            n_new = min(len(E), V - len(E))
             E = torch.cat((E, z[torch.multinomial(odds, n_new, replacement=True, generator=generator)]))
         for _ in range(5):
             distance, code = nearest(E)
