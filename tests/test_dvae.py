@@ -207,7 +207,9 @@ def test_training_resumes_exactly(tmp_path, monkeypatch, recipe):
         dvae.train(pools.__getitem__, NARROW, recipe, path=tmp_path / "stopped", plan={"a": 2})
     with pytest.raises(ValueError, match="its gradient is|the loss is nan"):
         dvae.train(lambda i: pools[0], NARROW, replace(recipe, lr=1e30, steps=60), path=tmp_path / "nan", save_every=7)
-    assert not (tmp_path / "nan").exists() or torch.load(tmp_path / "nan", weights_only=True)["step"] < 60
+    if (tmp_path / "nan").exists():  # what was saved before is good
+        kept = torch.load(tmp_path / "nan", weights_only=True)["relaxed"]
+        assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def test_schedules():
