@@ -237,6 +237,11 @@ def atomic_open(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the file's own error
+        if not isinstance(reason, OSError) or reason.filename:
+            raise
+        raise OSError(reason.errno, reason.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

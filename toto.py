@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Token ids (§3.4 fixes 1, 2 and 3). Not in the paper: 0 stays free, and code k of the tokenizer is id 4 + k.
 VIDEO_START, END, IMAGE_START, FIRST_CODE = 1, 2, 3, 4
@@ -36,6 +37,21 @@ class Config:
     hidden: int  # width inside the MLP
     vocab_size: int = FIRST_CODE + 8192  # V: the dVAE's 8,192 codes and the four ids above
     rope_base: float = 10_000.0  # 50,000 when fine-tuning at 32x32 tokens (Table 4, §4.2)
+    mup_width: int = 0  # µP's base width (A.5); 0 for the standard parametrisation
+
+    @property
+    def mup_ratio(self):
+        """µP (Yang et al., 2022) in one number, base width / width, 1 where µP is off. With it, for AdamW:
+
+                                     initial std    learning rate   in the forward pass
+            embedding, norms         as ever        as ever
+            matrices of the blocks   · √ratio       · ratio
+            logits (tied)                                           · ratio
+            attention scores                                        · √ratio: q·k falls with 1/(D/H), not its root
+
+        So the best learning rate of the base width is that of every width (Fig. 11). At the base width nothing changes.
+        """
+        return self.mup_width / self.dim if self.mup_width else 1.0
 
 
 # Table 1 (base, large, 1b) and Table 15 (a1 to a6). Not in the paper: the MLP's hidden width. No single ratio gives the
@@ -101,12 +117,16 @@ def apply_rope(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def attend(q, k, v, causal):
-    """softmax(q kᵀ / √(D/H)) v for q, k, v (B, H, T, D/H); causal hides later keys from each query."""
+def attend(q, k, v, causal, ratio=1.0):
+    """softmax(q kᵀ √ratio / √(D/H)) v for q, k, v (B, H, T, D/H); causal hides later keys from each query.
+
+    ratio is Config.mup_ratio.
+    """
     B, _, T, _ = q.shape
+    scale = math.sqrt(ratio / q.shape[-1])
     if not (causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T > 256):
         # No mask tensor, only the flag: with a mask the fused kernels are not taken.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     # On a CPU the fused kernel leaves the bfloat16 matrix units mostly idle. Plain products of some 256 queries at a
     # time with the keys up to them are 1.3 to 1.7 times as fast, forward and backward, at 1,024 tokens.
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B·H, T, D/H)
@@ -114,7 +134,7 @@ def attend(q, k, v, causal):
     blocks, end = [], 0
     for queries in q.tensor_split(math.ceil(T / 256), dim=1):
         start, end = end, end + queries.shape[1]
-        scores = torch.baddbmm(hidden[start:end, :end], queries, k[:, :end].mT, alpha=q.shape[-1] ** -0.5)
+        scores = torch.baddbmm(hidden[start:end, :end], queries, k[:, :end].mT, alpha=scale)
         blocks.append(scores.softmax(dim=-1) @ v[:, :end])
     return torch.cat(blocks, dim=1).unflatten(0, (B, -1))
 
@@ -124,7 +144,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.ratio = config.n_heads, config.mup_ratio
         self.qkv = Linear(config.dim, 3 * config.dim)  # one product for the three projections
         self.out = Linear(config.dim, config.dim)
 
@@ -135,7 +155,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, T so far, D/H)
             causal = T == k.shape[2]  # the prompt; a single new token may look at everything before it
-        x = attend(q, k, v, causal)
+        x = attend(q, k, v, causal, self.ratio)
         return self.out(x.transpose(1, 2).reshape(B, T, D))  # (B, H, T, D/H) -> (B, T, D)
 
 
@@ -167,11 +187,50 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+# Logits that exist at a time: on a CPU few enough to stay in the cache, on a GPU enough to fill it.
+CHUNK = {"cpu": 2**22, "cuda": 2**25}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Eq. 2 of x (N, D), the output matrix (V padded, D) and targets (N,), without ever holding all logits at once.
+
+    The logits of 4,098 ids over 8,196 choices are the largest tensor of a step by far. Here they live for some rows at
+    a time, and their gradient is taken at once: the same products in the same number. On a CPU, where a chunk then
+    stays in the cache, 2.4 times as fast as F.cross_entropy on all of them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size):
+        w = weight.to(x.dtype)
+        rows = max(CHUNK["cpu" if x.device.type == "cpu" else "cuda"] // len(w), 1)
+        loss, grad_x, grad_w = 0, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for x_part, y, grad_part in zip(x.split(rows), targets[:, None].split(rows), grad_x.split(rows)):
+            logits = (x_part @ w.t()).float()  # (rows, V padded)
+            logits[:, vocab_size:] = -math.inf
+            p = logits.log_softmax(dim=-1)
+            loss -= p.gather(1, y).sum()
+            # ∂L/∂logits = (softmax - one-hot) / N
+            p = p.exp_().scatter_add_(1, y, p.new_full(y.shape, -1.0)).div_(len(x)).to(x.dtype)
+            torch.mm(p, w, out=grad_part)
+            grad_w += p.t() @ x_part
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.weight_dtype = weight.dtype
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x.mul_(grad), grad_w.mul_(grad).to(ctx.weight_dtype), None, None
+
+
 class Toto(nn.Module):
     """The causal transformer of §3.2 over visual token ids.
 
-    `compute_dtype` is the dtype of activations and matrix products; parameters stay in float32.
+    `compute_dtype` is the dtype of activations and matrix products; parameters stay in float32. `recompute` keeps only
+    each block's input for the backward pass, which runs the block again: less memory, a third more products.
     """
+
+    recompute = False
 
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
@@ -187,8 +246,9 @@ class Toto(nn.Module):
         """Not in the paper: N(0, 0.02), and the projections that write into the residual stream smaller by √(2L)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                is_residual = name.endswith("out.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if is_residual else 0.02)
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if name.endswith("out.weight") else 0.02
+                is_embedding = name == "embedding.weight"
+                nn.init.normal_(parameter, std=std if is_embedding else std * math.sqrt(self.config.mup_ratio))
 
     def count_parameters(self):
         """Parameters that do something: the embedding's padding rows are left out."""
@@ -212,12 +272,16 @@ class Toto(nn.Module):
         x = F.embedding(ids, self.embedding.weight).to(self.compute_dtype)  # (B, T) -> (B, T, D)
         yield x
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, causal, caches[i] if caches else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, causal, use_reentrant=False)
+            else:
+                x = block(x, rope, causal, caches[i] if caches else None)
             yield x
 
     def logits(self, x):
         """H_L (B, T, D) -> float32 logits (B, T, V). The float32 copy leaves out the embedding's padding rows."""
-        return F.linear(self.norm(x), self.embedding.weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        x = self.norm(x) * self.config.mup_ratio
+        return F.linear(x, self.embedding.weight.to(x.dtype))[..., : self.config.vocab_size].float()
 
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the negative log-likelihood in nats per token.
@@ -227,10 +291,10 @@ class Toto(nn.Module):
         """
         for x in self.residual_stream(ids):
             pass
-        logits = self.logits(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.logits(x)
+        x = self.norm(x) * self.config.mup_ratio
+        return CrossEntropy.apply(x.flatten(0, 1), self.embedding.weight, targets.flatten(), self.config.vocab_size)
 
     def features(self, ids, layers, causal=True):
         """{l: H_l (B, T, D)} for the asked layers, 0 … L (§3.2, §3.5); nothing beyond the deepest is computed.
@@ -307,7 +371,7 @@ def load_checkpoint(path, device="cpu"):
     one line, where it is something else.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)  # read as it is needed
         checkpoint["config"] = Config(**checkpoint["config"])
         checkpoint["model"], checkpoint["step"], checkpoint["tokenizer"]
     except OSError:
@@ -335,9 +399,13 @@ def export_hf(model, folder):
     length of a JSON header (8 bytes, little-endian), the header (dtype, shape and place of each tensor), the bytes.
     """
     c, folder = model.config, Path(folder)
-    tensors = {"model.embed_tokens.weight": model.embedding.weight[: c.vocab_size]}
+    embedding = model.embedding.weight[: c.vocab_size]
+    tensors = {"model.embed_tokens.weight": embedding}
+    if c.mup_width:  # LLaMA has no µP: its two multipliers go into the weights, and the embeddings are untied
+        tensors["lm_head.weight"] = embedding * c.mup_ratio
     for i, block in enumerate(model.blocks):
         q, k, v = block.attention.qkv.weight.chunk(3)
+        q = q * math.sqrt(c.mup_ratio)
         gate, up = block.mlp.gate_up.weight.chunk(2)
         layer = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
         layer |= {"self_attn.o_proj": block.attention.out.weight}
@@ -350,7 +418,7 @@ def export_hf(model, folder):
         "vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.hidden,
         "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_heads,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": c.rope_base, "max_position_embeddings": 4098,
-        "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": not c.mup_width, "attention_bias": False, "mlp_bias": False,
         "bos_token_id": VIDEO_START, "eos_token_id": END, "pad_token_id": 0,
     }  # fmt: skip
     header, end = {"__metadata__": {"format": "pt"}}, 0

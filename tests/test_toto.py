@@ -1,7 +1,7 @@
 """toto.py against independent references: explicit formulas, torch's own modules, Hugging Face's Llama."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -43,10 +43,13 @@ def test_table_15_counts(size, D, L):
     assert model.count_parameters() == L * (4 * D * D + 12 * D * D + 2 * D) + 8196 * D + D
 
 
-def test_exports_to_hugging_face_llama(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mup_width", [0, 16])
+def test_exports_to_hugging_face_llama(model, mup_width, tmp_path, monkeypatch, capsys):
     """The whole model, logits and loss, against an implementation that we did not write, and that reads our export."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with its Llama")
-    checkpoint = {"model": model.state_dict(), "config": asdict(SMALL), "step": 1, "tokenizer": "x"}
+    config = replace(SMALL, mup_width=mup_width)
+    checkpoint = {"model": model.state_dict(), "config": asdict(config), "step": 1, "tokenizer": "x"}
+    model = toto.from_checkpoint(checkpoint | {"config": config})
     torch.save(checkpoint, tmp_path / "toto.pt")
     arguments = ["toto.py", "--checkpoint", str(tmp_path / "toto.pt"), "--export", str(tmp_path / "hf")]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -54,7 +57,8 @@ def test_exports_to_hugging_face_llama(model, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
     llama, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert isinstance(llama, transformers.LlamaForCausalLM) and not any(report.values()), report
-    assert llama.num_parameters() == model.count_parameters()
+    untied = SMALL.vocab_size * SMALL.dim if mup_width else 0
+    assert llama.num_parameters() == model.count_parameters() + untied
     ids = random_ids(2, 40)
     with torch.no_grad():
         expected = llama(ids, labels=ids)
@@ -232,3 +236,31 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path):
             toto.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         toto.load(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize("vocab_size", [36, 8196])
+def test_loss_in_chunks_equals_torch(vocab_size):
+    """Eq. 2 without all logits at once: value and gradients of torch's cross-entropy on all of them, in float32."""
+    torch.manual_seed(0)
+    padded = -(-vocab_size // 128) * 128
+    x = torch.randn(1100, 16, requires_grad=True)  # three chunks of 504 rows at the paper's vocabulary
+    weight = torch.randn(padded, 16, requires_grad=True)
+    targets = torch.randint(vocab_size, (1100,))
+    loss = toto.CrossEntropy.apply(x, weight, targets, vocab_size)
+    (3 * loss).backward()
+    got, x.grad, weight.grad = (x.grad, weight.grad), None, None
+    expected = torch.nn.functional.cross_entropy((x @ weight.t())[:, :vocab_size], targets)
+    (3 * expected).backward()
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert torch.allclose(got[0], x.grad, atol=1e-7) and torch.allclose(got[1], weight.grad, atol=1e-7)
+    assert (got[1][vocab_size:] == 0).all()
+
+
+def test_recomputing_changes_nothing(model):
+    ids = random_ids(2, 20)
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
