@@ -3,15 +3,21 @@
     python train.py                                    all of it on the built-in world: minutes on two cores
     python train.py --data VIDEOS IMAGES=0.2           your own folders of media, or token folders, mixed by weight
     torchrun --nproc_per_node=8 train.py --size 1b --data tokens/howto100m=0.6 tokens/imagenet=0.2 ...
+    python train.py --size 1b --dry-run 64             what a run on 64 GPUs would need
+    python train.py --size base --benchmark            how fast it is on this machine
 
 Reads token folders; a folder of media is tokenized first, with out/dvae.pt, which is trained first if it is missing.
-Writes to --out: toto.pt (everything needed to go on), log.jsonl (one line a step) and samples.gif. Run again with the
-same --out, it goes on where it stopped.
+Writes to --out: toto.pt (everything needed to go on), best.pt (the save of the lowest validation loss), log.jsonl (one
+line a step) and samples.gif. Run again with the same --out, it goes on where it stopped.
 """
 
 import argparse
 import json
 import math
+import os
+import re
+import shutil
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -21,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import data
@@ -65,6 +72,7 @@ def parse_arguments():
     add("--lr", type=data.rate, help=f"peak learning rate (default: {about('lr')})")
     add("--warmup", type=int, help=f"steps of linear warm-up (default: {about('warmup')})")
     add("--save-every", type=data.positive, help=f"steps between checkpoints (default: {about('save_every')})")
+    add("--keep", type=data.positive, default=1, help="checkpoints to keep: toto.pt, and with 2 or more toto-STEP.pt")
     add(
         "--init-from",
         type=Path,
@@ -76,6 +84,23 @@ def parse_arguments():
         action="store_true",
         help="no training: loss by source, frame and token of the checkpoint in --out",
     )
+    add("--mup", type=data.positive, metavar="WIDTH", help="µ-parametrisation with this base width (A.5)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="fuse the blocks with torch.compile (default: on CUDA only; on a CPU it takes half a minute to start)",
+    )
+    add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
+    add("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
+    add(
+        "--dry-run",
+        type=data.positive,
+        nargs="?",
+        const=1,
+        metavar="PROCESSES",
+        help="print what the run would need on that many GPUs, and leave",
+    )
+    add("--benchmark", action="store_true", help="measure a few steps (of random tokens without --data), and leave")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
@@ -84,7 +109,6 @@ def parse_arguments():
     if args.frames < 2:
         raise ValueError("--frames 1: a sequence needs at least 2 frames")
     args.resolution_asked = args.resolution
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -97,25 +121,45 @@ def about(name):
 
 def main():
     args = parse_arguments()
+    device = data.pick_device(args.device)
+    compute_dtype = data.fast_dtype(device)
+    if args.dry_run:
+        return print_plan(args, device)
+    rank, world_size = dvae.start_processes(device)
+    if args.shard and world_size == 1:
+        raise ValueError("--shard splits a model over processes; start several with torchrun")
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    train(args, device, compute_dtype, rank, world_size)
+    if world_size > 1:
+        dist.barrier()  # the first one may still draw samples
+        dist.destroy_process_group()
+
+
+def train(args, device, compute_dtype, rank, world_size):
+    """All that one process does, from the data to the samples."""
     checkpoint_path, log_path = args.out / "toto.pt", args.out / "log.jsonl"
     if args.evaluate and not checkpoint_path.exists():
         raise ValueError(f"{checkpoint_path}: no such checkpoint to evaluate")
-    device = data.pick_device(args.device)
-    compute_dtype = data.fast_dtype(device)
-    rank, world_size = dvae.start_processes(device)
     is_main = rank == 0
     say = print if is_main else lambda *words: None
 
-    specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
-    tokenizer = prepare_tokenizer(args, specs, device, compute_dtype, is_main)
-    sources = prepare_sources(args, specs, tokenizer, rank, world_size)
-    mixture = data.Mixture(
-        [data.Source(tokens, args.frames) for tokens in sources.values()],
-        [weight for _, weight in specs],
-        args.seed,
-    )
-    held_out = {name: data.Source(tokens, args.frames, held_out=True) for name, tokens in sources.items()}
-    meta = next(iter(sources.values())).meta
+    if args.benchmark and not args.data:
+        specs, tokenizer, held_out, mixture = [], None, {}, None
+        side = args.resolution // dvae.PIXELS_PER_CODE
+        meta = {"grid": [side, side], "vocab_size": 8192, "tokenizer": None}
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
+        tokenizer = prepare_tokenizer(args, specs, device, compute_dtype, is_main)
+        sources = prepare_sources(args, specs, tokenizer, rank, world_size)
+        mixture = data.Mixture(
+            [data.Source(tokens, args.frames) for tokens in sources.values()],
+            [weight for _, weight in specs],
+            args.seed,
+        )
+        held_out = {name: data.Source(tokens, args.frames, held_out=True) for name, tokens in sources.items()}
+        meta = next(iter(sources.values())).meta
 
     # A step is a fixed number of sequences: split evenly over the processes, then into micro-batches.
     tokens_per_frame = math.prod(meta["grid"])
@@ -127,33 +171,32 @@ def main():
         )
 
     torch.manual_seed(args.seed)
-    config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + meta["vocab_size"])
+    config = model_config(args, toto.FIRST_CODE + meta["vocab_size"])
     # A run that goes on keeps its RoPE base; a new one may start from the weights of another (Table 4).
-    goes_on = checkpoint_path.exists()
+    goes_on = checkpoint_path.exists() and not args.benchmark
     start_path = checkpoint_path if goes_on else args.init_from
-    start = toto.load_checkpoint(start_path, device) if start_path else None
-    rope_base = args.rope_base or (start["config"] if start else config).rope_base
-    model = toto.Toto(replace(config, rope_base=rope_base), compute_dtype).to(device)
+    start = toto.load_checkpoint(start_path) if start_path else None
+    if start and not args.rope_base:
+        config = replace(config, rope_base=start["config"].rope_base)
+    model = toto.Toto(config, compute_dtype)
     if start and not goes_on:
-        if replace(start["config"], rope_base=rope_base) != model.config or start["tokenizer"] != meta["tokenizer"]:
+        if replace(start["config"], rope_base=config.rope_base) != config or start["tokenizer"] != meta["tokenizer"]:
             raise ValueError(f"{start_path}: is of another size or tokenizer than this run")
-        model.load_state_dict(start["model"])
-    optimizer = make_optimizer(model, args.lr)
-    # What decides which sequences a step sees: a run that goes on must have the same.
+    # What decides which sequences a step sees: a run that goes on must have the same. The number of processes is free.
     plan = {"tokenizer": meta["tokenizer"], "grid": meta["grid"], "data": specs, "frames": args.frames}
     plan |= {"sequences in a step": n_sequences, "seed": args.seed}
+    if goes_on:
+        there, here = start["plan"] | {"model": start["config"]}, plan | {"model": config}
+        dvae.check_plan(checkpoint_path, there, here, "give another --out")
+    if start:
+        model.load_state_dict(start["model"])
+    trained = distribute(model.to(device), args, device, world_size)
+    optimizer = make_optimizer(model, args.lr)
     first_step = 0
     if goes_on:
-        there, here = start["plan"] | {"model": start["config"]}, plan | {"model": model.config}
-        dvae.check_plan(checkpoint_path, there, here, "give another --out")
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        load_averages(model, optimizer, start["optimizer"])
         first_step = start["step"]
     del start
-    if is_main and tokenizer is None:
-        print("no tokenizer given: there will be no samples, and probe.py and sample.py will need --tokenizer")
-    elif is_main and args.tokenizer and args.tokenizer != args.out / "dvae.pt":
-        keep_tokenizer(tokenizer, args.out / "dvae.pt")
     flops_per_step = model.flops_per_token(tokens_per_sequence) * n_sequences * tokens_per_sequence
     peak_flops = world_size * peak_flops_per_second(device, compute_dtype)
     say(
@@ -161,105 +204,272 @@ def main():
         f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens"
         + (f"; going on at step {first_step:,}" if first_step else "")
     )
-    if args.evaluate:
-        results = evaluate(model, held_out, args.micro_batch, device, rank, world_size, limit=10**9, by_position=True)
-        if is_main:
-            print_results(results)
-            data.write_json(results, args.out / "validation.json")
-            print(f"wrote {args.out / 'validation.json'}, with the loss by frame and by token")
-        if world_size > 1:
-            dist.destroy_process_group()
-        return
-    if is_main:
-        trim_log(log_path, first_step)
 
-    # Ctrl-C and SIGTERM ask the loop to save and leave: between two micro-batches (the step is then taken again), or
-    # with several processes, which must agree, after the step. Asked again, they end it at once.
-    signals = dvae.listen_for_stop()
+    def read_batch(step):
+        """This process's share of a step's sequences; which they are depends on nothing but the seed and the step."""
+        numbers = range(step * n_sequences + rank, (step + 1) * n_sequences, world_size)
+        if mixture:
+            batch = torch.as_tensor(np.stack([mixture.sequence(i)[0] for i in numbers]))
+        else:
+            batch = torch.randint(toto.FIRST_CODE, config.vocab_size, (len(numbers), tokens_per_sequence + 2))
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    # What runs now and then, on batches of other sizes, would cost more compilations than it is worth.
+    uncompiled = torch.compiler.set_stance if args.compile else nullcontext
+
+    def check(done):
+        """Validation loss into the log; the save of the lowest so far becomes best.pt."""
+        nonlocal best_loss
+        with uncompiled("force_eager"):
+            results = evaluate(trained, held_out, args.micro_batch, device, rank, world_size)
+        if is_main and results:
+            report = ", ".join(f"{name} {result['loss']:.3f}" for name, result in results.items())
+            tqdm.write(f"step {done:,}: validation loss {report}")
+            weights = [weight for (_, weight), name in zip(specs, held_out) if name in results]
+            loss = np.average([result["loss"] for result in results.values()], weights=weights)
+            if loss < best_loss:
+                best_loss = loss
+                copy_file(checkpoint_path, args.out / "best.pt")
+            append_log(log_path, {"step": done, "validation": results, "validation_loss": loss})
+        return results
 
     def leave(done):
         progress.close()
         say(f"stopped and saved at step {done:,}; the same command goes on from there")
         raise KeyboardInterrupt
 
-    trained = model
-    if world_size > 1:
-        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.benchmark:
+        return benchmark(trained, optimizer, read_batch, args, device, world_size, flops_per_step, peak_flops)
+    if is_main and tokenizer is None:
+        print("no tokenizer given: there will be no samples, and probe.py and sample.py will need --tokenizer")
+    elif is_main and args.tokenizer and args.tokenizer != args.out / "dvae.pt":
+        keep_tokenizer(tokenizer, args.out / "dvae.pt")
+    if args.evaluate:
+        with uncompiled("force_eager"):
+            results = evaluate(trained, held_out, args.micro_batch, device, rank, world_size, 10**9, by_position=True)
+        if is_main:
+            print_results(results)
+            data.write_json(results, args.out / "validation.json")
+            print(f"wrote {args.out / 'validation.json'}, with the loss by frame and by token")
+        return
+    kept = trim_log(log_path, first_step) if is_main else []
+    best_loss = min((entry["validation_loss"] for entry in kept if "validation_loss" in entry), default=math.inf)
+
+    # Ctrl-C and SIGTERM ask the loop to save and leave: between two micro-batches (the step is then taken again), or
+    # with several processes, which must agree, after the step. Asked again, they end it at once.
+    signals = dvae.listen_for_stop()
     progress = tqdm(
         range(first_step, args.steps), initial=first_step, total=args.steps,
         desc="training", unit="step", dynamic_ncols=True, disable=not is_main,
     )  # fmt: skip
-
-    def read_batch(step):
-        """This process's share of a step's sequences; which they are depends on nothing but the seed and the step."""
-        mine = [mixture.sequence(step * n_sequences + i)[0] for i in range(rank, n_sequences, world_size)]
-        batch = torch.as_tensor(np.stack(mine))
-        return batch.pin_memory() if device.type == "cuda" else batch
-
+    results = None
     batch = read_batch(first_step)
     for step in progress:
         started = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = learning_rate(step, args)
-        micro_batches = batch.split(args.micro_batch)
-        loss_and_stop = torch.zeros(2, device=device)
-        for i, ids in enumerate(micro_batches):
-            if signals and world_size == 1:
-                save(checkpoint_path, model, optimizer, step, plan, meta)
-                leave(step)
-            # Gradients add up over micro-batches; processes exchange them once, in the backward pass of the last one.
-            # That is decided before the forward pass, where DDP reads the flag.
-            is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last or world_size == 1 else trained.no_sync():
-                ids = ids.to(device, non_blocking=True)
-                loss = trained(ids[:, :-1], ids[:, 1:]) * len(ids) / len(batch)  # Eq. 2
-                loss.backward()
-            loss_and_stop[0] += loss.detach() / world_size
-        # Not in the paper: gradients clipped at norm 1, as LLaMA does.
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * group["lr_scale"]
+        taken = take_step(trained, optimizer, batch, args, device, lambda: signals and world_size == 1)
+        if taken is None:
+            save(checkpoint_path, model, optimizer, step, plan, meta, args)
+            leave(step)
+        losses, grad_norm = taken
 
-        batch = read_batch(step + 1)  # while a GPU still computes; the next lines wait for it
-        loss_and_stop[1] = len(signals)
+        batch = read_batch(step + 1)  # while a GPU still computes; the next lines wait for it, once a step
+        loss_and_stop = torch.stack((losses.sum(), torch.tensor(float(len(signals)), device=device)))
         if world_size > 1:  # all processes must agree on whether to stop
             dist.all_reduce(loss_and_stop)
         loss, stop = loss_and_stop.tolist()
+        loss /= world_size
         seconds = time.perf_counter() - started
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise ValueError(
-                f"step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}; nothing of it was saved, and a "
-                "lower --lr can go on from the last checkpoint"
-            )
+            raise diverged(step, loss, grad_norm, losses, mixture, list(sources), n_sequences, args, rank, world_size)
         if is_main:
             speed, mfu = n_sequences * tokens_per_sequence / seconds, flops_per_step / seconds / peak_flops
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
             append_log(
                 log_path,
-                {"step": step + 1, "tokens": (step + 1) * n_sequences * tokens_per_sequence, "loss": loss, "lr": lr}
-                | {"grad_norm": grad_norm.item(), "tokens_per_second": speed, "mfu": mfu},
+                {"step": step + 1, "tokens": (step + 1) * n_sequences * tokens_per_sequence, "loss": loss}
+                | {"lr": learning_rate(step, args), "grad_norm": grad_norm.item()}
+                | {"tokens_per_second": speed, "mfu": mfu},
             )
         done = step + 1
         if done % args.save_every == 0 or done == args.steps or stop:
-            if is_main:  # first of all: what comes after may fail
-                save(checkpoint_path, model, optimizer, done, plan, meta)
+            save(checkpoint_path, model, optimizer, done, plan, meta, args)  # first of all: what comes after may fail
             if stop:
                 leave(done)
-            results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
-            if is_main:
-                append_log(log_path, {"step": done, "validation": results})
-                report = ", ".join(f"{name} {result['loss']:.3f}" for name, result in results.items())
-                tqdm.write(f"step {done:,}: validation loss {report}")
+            results = check(done)
 
     if first_step >= args.steps:
         say(f"{checkpoint_path} has all {args.steps:,} steps already; give more --steps, or another --out")
-        results = evaluate(model, held_out, args.micro_batch, device, rank, world_size)
+        results = check(first_step)
     dvae.stop_listening()
     if is_main:
         print_results(results)
         if tokenizer is not None:
-            write_samples(model, tokenizer, held_out, args)
+            write_samples(toto.load(checkpoint_path, device, compute_dtype), tokenizer, held_out, args)
+
+
+def model_config(args, vocab_size):
+    config = replace(toto.SIZES[args.size], vocab_size=vocab_size, mup_width=args.mup or 0)
+    return replace(config, rope_base=args.rope_base or config.rope_base)
+
+
+def distribute(model, args, device, world_size):
+    """The model as the loop calls it: compiled, recomputing, sharded or replicated, as asked."""
+    model.recompute = args.recompute
+    if args.compile:  # block by block: one short compilation serves all layers
+        for block in model.blocks:
+            block.compile()
+    if args.shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second
+
+        # FSDP2: a process holds its share of every weight, gradient and average. A block's weights are gathered in
+        # bfloat16 just before they are needed; gradients are averaged in float32 after every micro-batch, since keeping
+        # them whole until the last one would cost what sharding saves.
+        mesh = dist.init_device_mesh(device.type, (world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
     if world_size > 1:
-        dist.destroy_process_group()
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return model
+
+
+def take_step(trained, optimizer, batch, args, device, is_stopped=lambda: False):
+    """One optimizer step on this process's sequences -> its loss, in parts by micro-batch, and the gradient's norm.
+
+    None if is_stopped between two micro-batches: nothing has changed then.
+    """
+    micro_batches, losses = batch.split(args.micro_batch), []
+    for i, ids in enumerate(micro_batches):
+        if is_stopped():
+            return None
+        # Gradients add up over micro-batches; replicas exchange them once, in the backward pass of the last one. That
+        # is decided before the forward pass, where DDP reads the flag.
+        is_last = i == len(micro_batches) - 1
+        exchanges = is_last or not isinstance(trained, DistributedDataParallel)
+        with nullcontext() if exchanges else trained.no_sync():
+            ids = ids.to(device, non_blocking=True)
+            loss = trained(ids[:, :-1], ids[:, 1:]) * len(ids) / len(batch)  # Eq. 2
+            loss.backward()
+        losses.append(loss.detach())
+    # Not in the paper: gradients clipped at norm 1, as LLaMA does.
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack(losses), grad_norm.full_tensor() if args.shard else grad_norm
+
+
+def diverged(step, loss, grad_norm, losses, mixture, names, n_sequences, args, rank, world_size):
+    """The error to end a run with whose loss or gradient is no number, naming the sources of such sequences."""
+    numbers = range(step * n_sequences + rank, (step + 1) * n_sequences, world_size)
+    bad = set()
+    for i in (~losses.isfinite()).nonzero().flatten().tolist():
+        bad |= {names[mixture.sequence(k)[1]] for k in numbers[i * args.micro_batch :][: args.micro_batch]}
+    if world_size > 1:
+        everywhere = [None] * world_size
+        dist.all_gather_object(everywhere, bad)
+        bad = set().union(*everywhere)
+    return ValueError(
+        f"step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}"
+        + (f", on sequences of {', '.join(sorted(bad))}" if bad else "")
+        + "; nothing of it was saved, and a lower --lr can go on from the last checkpoint"
+    )
+
+
+def benchmark(trained, optimizer, read_batch, args, device, world_size, flops_per_step, peak_flops, n_steps=5):
+    """Print tokens/s, MFU, peak memory and the time outside matrix products of training steps."""
+
+    def step():
+        batch = read_batch(0)
+        loss, grad_norm = take_step(trained, optimizer, batch, args, device)
+        return batch.numel() * world_size, loss.sum().item()  # waits for the device
+
+    for _ in range(2):  # the first compiles, and allocates what the later ones reuse
+        step()
+    started = time.perf_counter()
+    for _ in tqdm(range(n_steps), desc="benchmark", unit="step", disable=dist.is_initialized() and dist.get_rank() > 0):
+        n_ids, _ = step()
+    seconds = (time.perf_counter() - started) / n_steps
+    if device.type == "cuda":
+        memory, what = torch.cuda.max_memory_allocated(device), "of GPU memory"
+    else:
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory, what = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident, Python and torch included"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiled:
+        step()
+    times = {
+        op.key: op.self_device_time_total if device.type == "cuda" else op.self_cpu_time_total
+        for op in profiled.key_averages()
+    }
+    products = sum(t for name, t in times.items() if re.fullmatch(r"aten::\w*(mm|attention\w*)", name))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(
+            f"{args.size}, {n_ids:,} ids a step, micro-batches of {args.micro_batch}: {n_ids / seconds:,.0f} tokens/s\n"
+            f"  MFU {flops_per_step / seconds / peak_flops:.1%} of {peak_flops / 1e12:,.2f} TFLOP/s\n"
+            f"  {1 - products / sum(times.values()):.0%} of the time outside matrix products and attention\n"
+            f"  peak memory {memory / 2**30:.2f} GiB ({what})"
+        )
+
+
+def memory_plan(config, n_ids, micro_batch, on_cpu=False, n_shards=1, recompute=False):
+    """{part: bytes} in one process that trains on sequences of n_ids ids in bfloat16, without torch.compile."""
+    D, H, L = config.dim, config.n_heads, config.n_layers
+    embedding = math.ceil(config.vocab_size / 128) * 128 * D
+    block = 4 * D * D + 3 * D * config.hidden + 2 * D
+    n = embedding + L * block + D
+    # What a block keeps for the backward pass, in bfloat16 numbers a token: the inputs of the two norms and their
+    # outputs; q, k and v, q and k rotated, the pooled values; gate and up, the gate's SiLU, and its product with up.
+    kept = 2 * D + 2 * D + 3 * D + 2 * D + D + 4 * config.hidden
+    if on_cpu:  # there the norms keep two float32 copies each, and the pooled values are copied into another order
+        kept += 6 * D + D
+        if n_ids > 256:  # toto.attend keeps the probabilities, in blocks that leave out most of the future, and no qkv
+            kept += H * n_ids * (1 + 1 / math.ceil(n_ids / 256)) / 2 - 3 * D
+    tokens = micro_batch * n_ids
+    chunk = min(toto.CHUNK["cpu" if on_cpu else "cuda"], tokens * embedding // D)  # logits at a time
+    return {
+        "weights, float32": 4 * n // n_shards,
+        "gradients, float32": 4 * n // n_shards,
+        "AdamW's averages, float32": 8 * n // n_shards,
+        # Whole, from the forward to the backward pass; sharded, the embedding and two blocks at a time.
+        "weights, bfloat16": 2 * (n if n_shards == 1 else embedding + 2 * block),
+        "activations, bfloat16": round(2 * tokens * L * (D if recompute else kept)),
+        "the block in work": round(2 * tokens * kept),  # its gradients, or what is recomputed
+        "loss": 2 * tokens * D + 6 * embedding + 12 * chunk,
+    }
+
+
+def print_plan(args, device):
+    """What a run on args.dry_run processes would need: parameters, memory, operations, days."""
+    n, tokens_per_frame = args.dry_run, (args.resolution // dvae.PIXELS_PER_CODE) ** 2
+    tokens_per_sequence = args.frames * tokens_per_frame
+    n_sequences = max(round(args.batch_tokens / tokens_per_sequence), 1)
+    config = model_config(args, toto.SIZES[args.size].vocab_size)
+    with torch.device("meta"):
+        model = toto.Toto(config)
+    micro_batch = min(args.micro_batch, math.ceil(n_sequences / n))
+    n_shards = n if args.shard else 1
+    parts = memory_plan(config, tokens_per_sequence + 1, micro_batch, args.device == "cpu", n_shards, args.recompute)
+    tokens = args.steps * n_sequences * tokens_per_sequence
+    flops = model.flops_per_token(tokens_per_sequence) * tokens
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "H200"
+    peak = peak_flops_per_second(device, torch.bfloat16) if device.type == "cuda" else PEAK_TFLOPS["H200"] * 1e12
+    print(
+        f"{args.size}: {model.count_parameters() / 1e6:,.2f} M parameters, with {config.vocab_size:,} ids\n"
+        f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens: "
+        f"{tokens:.3g} tokens, {flops:.3g} FLOPs\n"
+        f"in each of {n} processes, {n_sequences / n:g} sequences a step in micro-batches of {micro_batch}:"
+    )
+    for part, size in parts.items():
+        print(f"  {part:<28}{size / 2**30:>8.2f} GiB")
+    print(f"  {'together, before compiling':<28}{sum(parts.values()) / 2**30:>8.2f} GiB")
+    if n_sequences % n:
+        print(f"{n} processes cannot share {n_sequences} sequences evenly: change --batch-tokens")
+    for mfu in (0.3, 0.4, 0.5):
+        print(f"at {mfu:.0%} of {n} x {peak / 1e12:.0f} TFLOP/s ({gpu}): {flops / (mfu * n * peak) / 86400:,.2f} days")
 
 
 def keep_tokenizer(tokenizer, path):
@@ -332,11 +542,20 @@ def prepare_sources(args, specs, tokenizer, rank, world_size):
 
 
 def make_optimizer(model, lr):
-    """§3.2: AdamW with β = (0.9, 0.95). Not in the paper, from LLaMA: weight decay 0.1, on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    """§3.2: AdamW with β = (0.9, 0.95). Not in the paper, from LLaMA: weight decay 0.1, on matrices only.
+
+    `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5), 1 otherwise.
+    """
+    blocks = [p for p in model.blocks.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = [
+        {"params": blocks, "weight_decay": 0.1, "lr_scale": model.config.mup_ratio},
+        {"params": [model.embedding.weight], "weight_decay": 0.1, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, args):
@@ -362,11 +581,25 @@ def peak_flops_per_second(device, dtype):
     return 2 * n**3 / min(seconds)
 
 
-def save(path, model, optimizer, step, plan, meta):
-    """One file with everything that going on needs; the sampler has no state but the seed and the step."""
+def save(path, model, optimizer, step, plan, meta, args):
+    """One file with everything that going on needs; the sampler has no state but the seed and the step.
+
+    All processes call it, since a sharded state must be put together; the first one writes. The file is the same
+    however many there are.
+    """
+
+    def whole(tensor):
+        return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+
+    weights = {name: whole(p) for name, p in model.state_dict().items()}
+    averages = {
+        name: {key: whole(value) for key, value in optimizer.state[p].items()} for name, p in model.named_parameters()
+    }
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     checkpoint = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": weights,
+        "optimizer": averages,
         "step": step,
         "config": asdict(model.config),
         "plan": plan,
@@ -377,6 +610,33 @@ def save(path, model, optimizer, step, plan, meta):
     }
     with dvae.atomic_open(path) as file:
         torch.save(checkpoint, file)
+    if args.keep > 1:
+        copy_file(path, path.with_name(f"toto-{step}.pt"))
+        steps = sorted(
+            int(found[1]) for p in path.parent.iterdir() if (found := re.fullmatch(r"toto-(\d+)\.pt", p.name))
+        )
+        for old in steps[: -args.keep]:
+            path.with_name(f"toto-{old}.pt").unlink()
+
+
+def load_averages(model, optimizer, averages):
+    """Give AdamW the averages and step numbers that `save` wrote, by the names of the weights, sharded like them."""
+    for name, p in model.named_parameters():
+        for key, value in averages[name].items():
+            if hasattr(p, "device_mesh") and value.dim():
+                value = dist.tensor.distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+            optimizer.state[p][key] = value.to(p.device, copy=True)
+
+
+def copy_file(path, copy):
+    """A second name for a file that is only ever replaced, never changed: no bytes move where links are possible."""
+    temporary = copy.with_name(f"{copy.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, copy)
 
 
 def append_log(path, entry):
@@ -385,19 +645,18 @@ def append_log(path, entry):
 
 
 def trim_log(path, step):
-    """Drop the lines of steps that were taken after the last checkpoint, and will be taken again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-
-    def is_kept(line):
+    """Drop the lines of steps that were taken after the last checkpoint, and will be taken again; return the others."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            return json.loads(line)["step"] <= step
+            entry = json.loads(line)
         except ValueError:  # a line that was cut off
-            return False
-
-    kept = [line for line in lines if is_kept(line)]
+            continue
+        if entry["step"] <= step:
+            kept.append(entry)
     with dvae.atomic_open(path) as file:
-        file.write("".join(line + "\n" for line in kept).encode())
+        file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    return kept
 
 
 @torch.no_grad()
@@ -416,17 +675,21 @@ def evaluate(model, held_out, micro_batch, device, rank=0, world_size=1, limit=6
         if n == 0:
             continue
         sums = torch.zeros(frames * h * w, 3, device=device)  # of loss, correct and repeated, by position
-        counts = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=device)
+        counts = torch.zeros(source.tokens.meta["vocab_size"] + toto.FIRST_CODE, dtype=torch.int64, device=device)
         order = np.linspace(0, len(source) - 1, n).round().astype(int)
-        mine = order[rank::world_size]
-        for i in range(0, len(mine), micro_batch):
-            ids = np.stack([source.sequence(k, source.images) for k in mine[i : i + micro_batch]])
+        for start in range(0, n, micro_batch * world_size):
+            # Every process runs the model as often as the others, which a sharded one needs: without work of its own,
+            # on a sequence that does not count.
+            mine = order[start + rank : start + micro_batch * world_size : world_size]
+            ids = np.stack([source.sequence(k, source.images) for k in (mine if len(mine) else order[:1])])
             ids = torch.as_tensor(ids).to(device)
             logits, targets = model(ids[:, :-1])[:, :-1], ids[:, 1:-1]  # every code is a target; the end token is not
             loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
             correct = logits.argmax(dim=-1) == targets
             repeated = torch.zeros_like(correct)
             repeated[:, h * w :] = targets[:, h * w :] == targets[:, : -h * w]
+            if not len(mine):
+                continue
             sums += torch.stack((loss, correct.float(), repeated.float()), dim=-1).sum(dim=0)  # (B, T, 3) -> (T, 3)
             counts += torch.bincount(targets.flatten(), minlength=len(counts))
         if world_size > 1:
