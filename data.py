@@ -24,7 +24,7 @@ import subprocess
 import sys
 import zlib
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
@@ -302,7 +302,8 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
     """Encode the shards into the token folder `out`; go on where an earlier call stopped, and share the work by rank.
 
     crops = 1 takes the centre of every frame; more take that many places at random, the same for all frames of a clip
-    (§3.4: "a random crop of R x R x T"), each stored as a clip of its own. Returns the number of this rank's clips.
+    (§3.4: "a random crop of R x R x T"), and THREE those of §4.3, each stored as a clip of its own. Returns the number
+    of this rank's clips.
     """
     out = Path(out)
     grid = resolution // dvae.PIXELS_PER_CODE
@@ -390,9 +391,20 @@ def read_ahead(items, n_items=4, n_frames=64):
         abandoned.set()
 
 
+THREE = "three"  # crops at both ends and in the middle of the long side
+
+
+def crop_places(name, crops):
+    """Where to crop (down, across): the centre, §4.3's three views, or places that depend on nothing but the name."""
+    if crops == THREE:
+        return [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]
+    return np.random.default_rng(zlib.crc32(name.encode())).random((crops, 2)) if crops > 1 else [(0.5, 0.5)]
+
+
 def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=32):
     """Encode a list of Items: codes uint16 (frames, h, w), and the index of the clips in them."""
     codes, pending, clips, skipped, n_frames = [], [], [], {}, 0
+    n_crops = len(crop_places("", crops))
 
     def encode_pending():
         if pending:
@@ -401,11 +413,11 @@ def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=32):
 
     for item, frames in read_ahead(items):
         first, labels = n_frames, {}
-        places = np.random.default_rng(zlib.crc32(item.name.encode())).random((crops, 2)) if crops > 1 else [(0.5, 0.5)]
+        places = crop_places(item.name, crops)
         try:
             for labels, frame in frames:
                 pending += [crop(frame, resolution, place) for place in places]
-                n_frames += crops
+                n_frames += n_crops
                 if len(pending) >= batch_size:
                     encode_pending()
         except ValueError as error:
@@ -417,13 +429,13 @@ def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=32):
     grid = resolution // dvae.PIXELS_PER_CODE
     codes = np.concatenate([np.zeros((0, grid, grid), np.uint16), *codes])
     # Frame by frame, crop by crop, as they were encoded -> clip by clip; frames of skipped items fall out.
-    order = [np.arange(first, last).reshape(-1, crops).T.ravel() for _, _, first, last in clips]
+    order = [np.arange(first, last).reshape(-1, n_crops).T.ravel() for _, _, first, last in clips]
     tasks = sorted({task for _, labels, _, _ in clips for task in labels})
     index = {
         "items": checksum(items),
-        "names": [name for name, *_ in clips for _ in range(crops)],
-        "lengths": [(last - first) // crops for *_, first, last in clips for _ in range(crops)],
-        "labels": {task: [labels.get(task) for _, labels, _, _ in clips for _ in range(crops)] for task in tasks},
+        "names": [name for name, *_ in clips for _ in range(n_crops)],
+        "lengths": [(last - first) // n_crops for *_, first, last in clips for _ in range(n_crops)],
+        "labels": {task: [labels.get(task) for _, labels, _, _ in clips for _ in range(n_crops)] for task in tasks},
         "skipped": skipped,
     }
     return codes[np.concatenate([np.zeros(0, int), *order])], index
@@ -591,12 +603,13 @@ def shards_of(path, resolution, stride, n_frames):
     return media_shards(path, resolution, stride)
 
 
-def tokenize_cached(source, shards, cache, tokenizer, resolution, stride, rank=0, world_size=1):
+def tokenize_cached(source, shards, cache, tokenizer, resolution, stride, rank=0, world_size=1, crops=1):
     """Tokenize into a folder of `cache` that is named after the source and all that its codes depend on; return it."""
     settings = f"{Path(source).absolute()} {tokenizer.fingerprint()} {tokenizer.compute_dtype} {resolution} {stride}"
+    settings += f" {crops}" if crops != 1 else ""
     folder = Path(cache) / f"{Path(source).name}-{zlib.crc32(settings.encode()):08x}"
     source = Path(source).absolute()
-    tokenize(shards, folder, tokenizer, resolution, stride, source=source, rank=rank, world_size=world_size)
+    tokenize(shards, folder, tokenizer, resolution, stride, crops, source, rank, world_size)
     return folder
 
 
@@ -722,7 +735,7 @@ def pick_device(name=None):
     return device
 
 
-def load_model(checkpoint_path, tokenizer_path, device):
+def load_model(checkpoint_path, tokenizer_path, device, rope_base=None):
     """The model of a checkpoint, the tokenizer it was trained with, and the checkpoint's other entries."""
     dtype = fast_dtype(device)
     path = Path(tokenizer_path or Path(checkpoint_path).with_name("dvae.pt"))
@@ -734,6 +747,7 @@ def load_model(checkpoint_path, tokenizer_path, device):
         raise ValueError(
             f"{path} is not the tokenizer that {checkpoint_path} was trained with; give that with --tokenizer"
         )
+    checkpoint["config"] = replace(checkpoint["config"], rope_base=rope_base or checkpoint["config"].rope_base)
     return toto.from_checkpoint(checkpoint, device, dtype), tokenizer, checkpoint
 
 

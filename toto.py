@@ -41,7 +41,7 @@ class Config:
 
     @property
     def mup_ratio(self):
-        """µP (Yang et al., 2022) in one number, base width / width, 1 where µP is off. With it, for AdamW:
+        """A.5: µP (Yang et al., 2022) in one number, base width / width, 1 where µP is off. With it, for AdamW:
 
                                      initial std    learning rate   in the forward pass
             embedding, norms         as ever        as ever
@@ -291,8 +291,10 @@ class Toto(nn.Module):
         """
         for x in self.residual_stream(ids):
             pass
-        if targets is None:
-            return self.logits(x)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """Eq. 2 from H_L (B, T, D) and targets (B, T): nats per token."""
         x = self.norm(x) * self.config.mup_ratio
         return CrossEntropy.apply(x.flatten(0, 1), self.embedding.weight, targets.flatten(), self.config.vocab_size)
 

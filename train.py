@@ -98,7 +98,7 @@ def parse_arguments():
         nargs="?",
         const=1,
         metavar="PROCESSES",
-        help="print what the run would need on that many GPUs, and leave",
+        help="print what the run would need on that many GPUs, and leave; with --device cpu, on CPUs",
     )
     add("--benchmark", action="store_true", help="measure a few steps (of random tokens without --data), and leave")
     add("--seed", type=int, default=0, help="of everything random")
@@ -332,7 +332,8 @@ def distribute(model, args, device, world_size):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
     if world_size > 1:
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     return model
 
 

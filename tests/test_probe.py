@@ -11,6 +11,7 @@ import data
 import dvae
 import probe
 import toto
+from conftest import PAIR, run
 
 D, H, C = 32, 4, 5
 
@@ -123,11 +124,153 @@ def test_probing_an_image_folder(setting, monkeypatch, capsys):
     assert (setting / "toto.pt").read_bytes() == before  # frozen
 
 
+def trained_parts(folder):
+    """{head or trunk: its state} of the last run."""
+    return torch.load(folder / "out" / "probe.pt", weights_only=True)["modules"]
+
+
 def test_a_layer_probed_alone_gives_the_same(setting, monkeypatch):
     pick = lambda report: [row["top1"] for row in report["accuracy"] if row["layer"] == 2]
-    everything = run_probe(monkeypatch, setting, "--layer", "all", "--epochs", "2")
+    everything = pick(run_probe(monkeypatch, setting, "--layer", "all", "--epochs", "2"))
+    among_all = trained_parts(setting)
     alone = run_probe(monkeypatch, setting, "--layer", "2", "--epochs", "2")
-    assert pick(everything) == pick(alone) and len(alone["accuracy"]) == 2
+    assert everything == pick(alone) and len(alone["accuracy"]) == 2
+    for name, state in trained_parts(setting).items():
+        assert all(torch.equal(value, among_all[name][key]) for key, value in state.items())
+
+
+def test_layer_decay_as_in_mae():
+    """§4.2: MAE's own function gives these rates for 16 layers and 0.9."""
+    scales = probe.layer_scales(toto.Toto(toto.Config(dim=8, n_heads=1, n_layers=16, hidden=8, vocab_size=8)))
+    for name, scale in (("embedding.weight", 0.16677), ("blocks.0.mlp.out.weight", 0.18530), ("norm.weight", 1)):
+        assert scales[name] == pytest.approx(scale, abs=1e-5)
+    assert scales["blocks.15.attention.qkv.weight"] == pytest.approx(0.9)
+
+
+def gradients_of_the_trunk(mode, causal=True, head_loss=True):
+    torch.manual_seed(0)
+    model = toto.Toto(toto.Config(dim=16, n_heads=2, n_layers=3, hidden=16, vocab_size=36))
+    head = probe.AttentionPool(16, 2, 3)
+    ids = torch.randint(4, 36, (5, 9), generator=torch.Generator().manual_seed(1))
+    features, loss = probe.fine_tuned_features(model, ids, {2}, mode, causal)
+    logits = head(features[2])
+    if head_loss:
+        loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1]))
+    loss.backward()
+    assert not head_loss or head.key.weight.grad.abs().sum() > 0
+    return {name: p.grad for name, p in model.named_parameters()}, model, ids
+
+
+def test_stop_gradient_stops():
+    """§4.2: beside the probes the trunk gets just the gradient of Eq. 2."""
+    with_head, model, ids = gradients_of_the_trunk("joint")
+    model.zero_grad()
+    model(ids, torch.cat((ids[:, 1:], torch.full((5, 1), toto.END)), dim=1)).backward()
+    assert all(torch.allclose(with_head[name], p.grad, atol=1e-7) for name, p in model.named_parameters())
+
+
+def test_full_fine_tuning_reaches_the_trunk_up_to_the_layer():
+    causal, full = (gradients_of_the_trunk("full", causal)[0] for causal in (True, False))
+    for gradients in (causal, full):
+        assert gradients["embedding.weight"].abs().sum() > 0 and gradients["blocks.1.mlp.out.weight"].abs().sum() > 0
+        assert gradients["blocks.2.mlp.out.weight"] is None  # layer 2 is the second block's output
+    assert not torch.allclose(causal["embedding.weight"], full["embedding.weight"])
+
+
+@pytest.mark.parametrize("arguments", [["--finetune", "joint"], ["--finetune", "full", "--attention", "full"]])
+def test_fine_tuning_an_image_folder(setting, monkeypatch, capsys, arguments):
+    one = ["--layer", "2", "--pool", "attention", "--epochs", "15", "--lr", "0.01"]
+    report = run_probe(monkeypatch, setting, *one, *arguments)
+    assert report["accuracy"][0]["top1"] > 0.9
+    before = torch.load(setting / "toto.pt", weights_only=True)["model"]
+    after = trained_parts(setting)["trunk"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "blocks.0.mlp.out.weight" in changed
+    assert ("blocks.2.mlp.out.weight" in changed) == ("joint" in arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--finetune", "joint"]])
+def test_two_processes_are_one(setting, arguments):
+    """The same steps on the same clips, under torchrun or not: the heads agree to rounding."""
+    states, reports = [], []
+    for launcher in ((sys.executable,), PAIR):
+        command = ["probe.py", "--checkpoint", setting / "toto.pt", "--out", setting / "out", "--device", "cpu"]
+        command += ["--data", setting / "images", "--epochs", "3", "--lr", "1e-3", "--layer", "1,2", *arguments]
+        run([str(part) for part in command], launcher)
+        states.append(trained_parts(setting))
+        reports.append(json.loads((setting / "out" / "probe.json").read_text())["accuracy"])
+        (setting / "out" / "probe.pt").unlink()
+    for name, state in states[0].items():
+        for key, value in state.items():
+            assert (states[1][name][key] - value).norm() <= 0.02 * value.norm() + 1e-6, (name, key)
+    for a, b in zip(*reports):
+        assert a["layer"] == b["layer"] and a["top1"] == pytest.approx(b["top1"], abs=0.051)
+
+
+def test_a_stopped_probe_goes_on_exactly(setting, monkeypatch):
+    arguments = ["--layer", "2", "--finetune", "joint", "--epochs", "4"]
+    run_probe(monkeypatch, setting, *arguments)
+    undisturbed = trained_parts(setting)
+    (setting / "out" / "probe.pt").unlink()
+    signals = [[]] * 5 + [["a signal"]]  # the sixth step finds one
+    with monkeypatch.context() as patch:
+        patch.setattr(dvae, "agree", lambda *_: len(signals.pop(0)))
+        with pytest.raises(KeyboardInterrupt):
+            run_probe(patch, setting, *arguments)
+    assert torch.load(setting / "out" / "probe.pt", weights_only=True)["step"] == 6
+    run_probe(monkeypatch, setting, *arguments)
+    for name, state in trained_parts(setting).items():
+        assert all(torch.equal(value, undisturbed[name][key]) for key, value in state.items())
+
+
+def test_views_of_videos(tmp_path, untrained_tokenizer):
+    """§4.3: 3 windows at (length - frames) · i / 3, of each of 3 crops at the ends and the middle of the long side."""
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 255, (13, 16, 40, 3), dtype=np.uint8)
+    items = [data.Item(f"a/{i}", lambda: ({"class": "a"}, iter(video))) for i in range(2)]
+    data.tokenize([items], tmp_path / "t", untrained_tokenizer, 16, 1, data.THREE)
+    found = probe.ProbeSet(data.Tokens(tmp_path / "t"), 4, n_views=3, n_crops=3)
+    assert found.ids.shape == (2, 9, 1 + 4 * 4) and len(found.labels["class"]) == 2
+    views = [
+        untrained_tokenizer.encode(video[start : start + 4, :, left : left + 16])
+        for left in (0, 12, 24)
+        for start in (0, 3, 6)
+    ]
+    assert torch.equal(found.ids[1, :, 1:].long(), torch.stack(views).flatten(1) + toto.FIRST_CODE)
+
+
+def test_probabilities_of_views_are_averaged():
+    """Two views of a clip: one is sure of class 0, the other leans to class 1."""
+
+    class split:
+        ids, labels = torch.zeros(3, 2, 5), {"class": torch.tensor([0, 0, 1])}
+        __len__ = lambda self: 3
+
+    class args:
+        batch, rank, world_size = 4, 0, 1
+
+    p = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
+    features = {0: p.repeat(3, 1)[:, None]}
+    by_rows = type("", (), {"__getitem__": lambda self, rows: {0: features[0][rows]}})()
+    head = torch.nn.Flatten()
+    result = probe.evaluate({("class", "x", 0): head}, by_rows, split(), args, torch.device("cpu"))["class", "x", 0]
+    assert result["classes"].tolist() == [0, 0, 0] and result["top1"] == pytest.approx(2 / 3) and result["top5"] == 1
+
+
+def test_shots_and_baselines(setting, monkeypatch, capsys):
+    report = run_probe(monkeypatch, setting, "--layer", "2", "--shots", "3", "--baselines", "--confusion")
+    assert report["clips"] == [6, 40]
+    models = [row["model"] for row in report["accuracy"]]
+    assert models == 2 * [str(setting / "toto.pt")] + 2 * ["an untrained model"] + ["raw pixels"]
+    assert report["accuracy"][-1]["top1"] > 0.9  # red and blue are easy to tell
+    output = capsys.readouterr().out
+    assert "worst classes of" in output and "Table 5: average, attention pooling" in output
+
+
+def test_wilson_interval():
+    """Against values of Wilson's formula in Brown, Cai and DasGupta (2001): 5 of 10, and none of 10."""
+    assert probe.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert probe.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
 
 
 def test_features_computed_anew_are_the_kept_ones(setting, monkeypatch):
@@ -141,6 +284,11 @@ def test_wrong_folders(setting, monkeypatch):
     extra.mkdir()
     data.Image.new("RGB", (16, 16)).save(extra / "x.png")
     with pytest.raises(ValueError, match="has a class that train has not: grey"):
+        run_probe(monkeypatch, setting)
+    (setting / "images" / "train" / "grey").mkdir()
+    data.Image.new("RGB", (16, 16)).save(setting / "images" / "train" / "grey" / "x.png")
+    (extra / "x.png").unlink()
+    with pytest.raises(ValueError, match="val: has a class missing: grey"):
         run_probe(monkeypatch, setting)
     data.Image.new("RGB", (16, 16)).save(setting / "images" / "train" / "loose.png")
     with pytest.raises(ValueError, match="files must lie in one sub-folder per class"):
