@@ -46,7 +46,8 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 
 # ------------------------------------------------------------------------------------------------ the built-in world
 HELD_OUT = 0.05  # share of the clips kept for validation
-WORLD, WORLD_CLIPS = "world", 1600  # its name as a source, and how many clips one trains on
+# Its names as a source, and how many clips one trains on: moving shapes, and pairs of a frame and its mask (A.8).
+WORLD, WORLD_MASKS, WORLD_CLIPS = "world", "world-masks", 1600
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "clockwise", "counter-clockwise", "pulsing")
 COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40))
@@ -58,6 +59,7 @@ class WorldClip:
     frames: np.ndarray  # uint8 (F, R, R, 3)
     labels: dict  # {"shape": one of SHAPES, "motion": one of MOTIONS}, of the moving object
     masks: np.ndarray  # bool (F, R, R): where the moving object can be seen
+    objects: np.ndarray  # bool (F, R, R): where any object is
     positions: np.ndarray  # float (F, 2): its centre (x, y) in pixels, hidden or not
 
 
@@ -92,7 +94,7 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
     if motion == "pulsing":
         radius = np.array((1, 0.6))[(rng.integers(2) + t) % 2]
 
-    masks = np.zeros(frames.shape[:3], dtype=bool)
+    masks, objects = np.zeros((2, *frames.shape[:3]), dtype=bool)
     for is_moving in rng.permutation((True, False)):  # the one drawn last is in front
         if is_moving:
             cover = shape_cover(shape, resolution, x, y, radius)
@@ -102,8 +104,23 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
             cover = shape_cover(resting_shape, resolution, resting_x, resting_y, np.ones(n_frames))
             frames += cover[..., None] * (resting_colour - frames)
             masks &= cover <= 0.5
+        objects |= cover > 0.5
     positions = np.stack((x, y), axis=1) * resolution / 6
-    return WorldClip(frames.round().astype(np.uint8), {"shape": shape, "motion": motion}, masks, positions)
+    return WorldClip(frames.round().astype(np.uint8), {"shape": shape, "motion": motion}, masks, objects, positions)
+
+
+def world_pairs(index, n_frames=16, resolution=48):
+    """A.8's fine-tuning for prompts: frames (F, R, R, 3) of which every second one answers the one before.
+
+    The question is a frame of a clip of its own, the answer where its objects are: a mask, painted in the world's own
+    colours, which a tokenizer of the world can draw.
+    """
+    frames = []
+    for k in range(-(-n_frames // 2)):
+        clip = world_clip(index * n_frames + k, 1, resolution, seed=1)
+        answer = np.where(clip.objects[0][..., None], COLOURS[0], GROUNDS[0]).astype(np.uint8)
+        frames += [clip.frames[0], answer]
+    return np.stack(frames[:n_frames])
 
 
 def bounce(start, speed, low, high):
@@ -257,14 +274,16 @@ def media_shards(root, resolution, stride):
     return shards
 
 
-def world_shards(indices, resolution, n_frames=16):
-    """The shards of the built-in world's clips with these indices."""
+def world_shards(indices, resolution, n_frames=16, name=WORLD):
+    """The shards of the built-in world's clips, or of its pairs, with these indices."""
 
     def read(index):
+        if name == WORLD_MASKS:
+            return {}, world_pairs(index, n_frames, resolution)
         clip = world_clip(index, n_frames, resolution)
         return clip.labels, clip.frames
 
-    items = [Item(f"world-{n_frames}/{index:07d}", lambda index=index: read(index)) for index in indices]
+    items = [Item(f"{name}-{n_frames}/{index:07d}", lambda index=index: read(index)) for index in indices]
     return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
 
 
@@ -597,9 +616,9 @@ def is_token_folder(path):
 
 
 def shards_of(path, resolution, stride, n_frames):
-    """What there is to tokenize below a path; the name `world` stands for the built-in one."""
-    if str(path) == WORLD and not Path(path).exists():
-        return world_shards(range(WORLD_CLIPS), resolution, n_frames)
+    """What there is to tokenize below a path; the names `world` and `world-masks` stand for the built-in ones."""
+    if str(path) in (WORLD, WORLD_MASKS) and not Path(path).exists():
+        return world_shards(range(WORLD_CLIPS), resolution, n_frames, str(path))
     return media_shards(path, resolution, stride)
 
 
@@ -640,6 +659,13 @@ def write_gif(path, rows, n_prompt, fps=6):
     pictures = [lay_out(rows, n_prompt, t) for t in range(len(rows[0][0][1]))]
     with dvae.atomic_open(path) as file:
         iio.imwrite(file, np.stack(pictures), extension=".gif", duration=1000 / fps, loop=0)
+
+
+def write_video(path, rows, n_prompt, fps=6):
+    """The same as an MP4."""
+    pictures = [lay_out(rows, n_prompt, t) for t in range(len(rows[0][0][1]))]
+    with dvae.atomic_open(path) as file:
+        file.write(iio.imwrite("<bytes>", np.stack(pictures), extension=".mp4", plugin="FFMPEG", fps=fps))
 
 
 def write_strip(path, rows, n_prompt):

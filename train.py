@@ -484,9 +484,9 @@ def keep_tokenizer(tokenizer, path):
 def parse_spec(spec):
     """PATH or PATH=WEIGHT -> [path, weight]. Not in the paper: sources without a weight get 1."""
     path, _, weight = spec.rpartition("=")
-    if spec == data.WORLD or Path(spec).exists():
+    if spec in (data.WORLD, data.WORLD_MASKS) or Path(spec).exists():
         return [spec, 1.0]  # no weight, or a path with "=" in it
-    if not path or not Path(path).exists() and path != data.WORLD:
+    if not path or not Path(path).exists() and path not in (data.WORLD, data.WORLD_MASKS):
         raise ValueError(f"{path or spec}: no such file or folder")
     try:
         weight = float(weight)

@@ -1,8 +1,10 @@
 """sample.py: continuation within the window and beyond it, and the pictures."""
 
+import json
 import sys
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,31 +62,94 @@ def write_checkpoint(folder, model, tokenizer):
     torch.save(checkpoint | {"resolution": 16, "stride": 2, "frames": 4}, folder / "toto.pt")
 
 
-@pytest.mark.parametrize("prompt", ["world", "video", "image"])
+def run_sample(monkeypatch, folder, *arguments):
+    base = ["sample.py", "--checkpoint", folder / "toto.pt", "--out", folder / "out", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in [*base, "--frames", 6, "--samples", 2, *arguments]])
+    sample.main()
+    return np.load(folder / "out" / "sample.npy")
+
+
+@pytest.mark.parametrize("prompt", ["world", "video", "image", "folder", "nothing"])
 def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
     write_checkpoint(tmp_path, model, untrained_tokenizer)
-    arguments = [
-        "sample.py",
-        "--checkpoint",
-        str(tmp_path / "toto.pt"),
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
-    arguments += ["--frames", "6", "--prompt-frames", "2", "--samples", "2"]
-    if prompt == "video":
-        iio.imwrite(tmp_path / "v.mp4", data.world_clip(0, 9, 32).frames, plugin="FFMPEG", fps=10)
-        arguments += ["--prompt", str(tmp_path / "v.mp4")]
-    if prompt == "image":
-        Image.new("RGB", (40, 30), "red").save(tmp_path / "i.png")
-        arguments += ["--prompt", str(tmp_path / "i.png")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
-    sample.main()
+    iio.imwrite(tmp_path / "v.mp4", data.world_clip(0, 9, 32).frames, plugin="FFMPEG", fps=10)
+    (tmp_path / "folder").mkdir()
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "folder" / f"{i}.png")
+    arguments, n_given = {
+        "world": (["--prompt-frames", 2], 2),
+        "video": (["--prompt", tmp_path / "v.mp4", "--prompt-frames", 2], 2),
+        "image": (["--prompt", tmp_path / "folder" / "1.png"], 1),
+        "folder": (["--prompt", tmp_path / "folder" / "2.png", tmp_path / "folder"], 4),
+        "nothing": (["--imagine"], 0),
+    }[prompt]
+    codes = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 1, "--mp4")
+    assert codes.shape == (2, 6, 2, 2)
+    if prompt == "folder":
+        pictures = [Image.open(tmp_path / "folder" / f"{i}.png").resize((21, 16)) for i in (2, 0, 1, 2)]
+        expected = untrained_tokenizer.encode(np.stack([np.asarray(p)[:, 2:18] for p in pictures])).numpy()
+        assert np.array_equal(codes[0, :4], expected)
     gif, first = iio.imread(tmp_path / "out" / "sample.gif"), (tmp_path / "out" / "sample.gif").read_bytes()
     assert gif.shape[0] == 6 and Image.open(tmp_path / "out" / "sample.png").size[0] == 6 * (144 + 4)
-    sample.main()
-    assert (tmp_path / "out" / "sample.gif").read_bytes() == first  # the seed decides everything
-    monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "2"])
-    sample.main()
-    assert (tmp_path / "out" / "sample.gif").read_bytes() != first
+    assert len(list(data.read_frames(tmp_path / "out" / "sample.mp4", 48, stride=1))) == 6
+    again = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 1)
+    assert (tmp_path / "out" / "sample.gif").read_bytes() == first and np.array_equal(again, codes)
+    other = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 2)
+    assert not np.array_equal(other[:, n_given:], codes[:, n_given:])
+
+
+def test_images_start_with_their_token(model, untrained_tokenizer, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, model, untrained_tokenizer)
+    codes = run_sample(monkeypatch, tmp_path, "--imagine", "--images", "--frames", 3, "--temperature", 0)
+    ids = torch.full((1, 1), toto.IMAGE_START)
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model.to(torch.bfloat16)(ids)[:, -1:, toto.FIRST_CODE :]
+            ids = torch.cat((ids, toto.FIRST_CODE + logits.argmax(-1)), dim=1)
+    assert (codes[0].ravel() == ids[0, 1:].numpy() - toto.FIRST_CODE).mean() > 0.5  # bfloat16 may tip a close choice
+
+
+def test_score_by_hand():
+    """One clip of 4 frames of 2 x 2 pixels, a code each, which decodes to a grey of 10 times the code."""
+
+    class tokenizer:
+        decode = lambda codes: (10 * codes)[..., None].expand(*codes.shape, 3).to(torch.uint8)
+
+    codes = torch.tensor([[[1, 2], [3, 4]], [[1, 2], [3, 5]], [[2, 2], [3, 5]], [[2, 2], [3, 4]]])[None]
+    made = codes.clone()
+    made[0, 2, 0, 0], made[0, 3, 1, 1] = 1, 8
+    truth = tokenizer.decode(codes).numpy() + np.uint8(2)
+    moving = np.zeros((1, 4, 2, 2), bool)
+    moving[0, 1, 1, 1] = moving[0, 2, 0, 0] = True
+    rows = sample.score(made, codes, truth, 2, tokenizer, moving)
+    decibel = lambda *errors: 10 * np.log10(255**2 / np.mean(np.square(errors)))
+    assert [row["frame"] for row in rows] == [2, 3]
+    assert rows[0]["codes"] == 0.75 and rows[0]["codes_repeat"] == 0.75 and rows[1]["codes_repeat"] == 0.5
+    assert rows[0]["psnr"] == pytest.approx(decibel(12, 2, 2, 2), abs=1e-4)
+    assert rows[0]["psnr_repeat"] == pytest.approx(decibel(10, 0, 0, 0), abs=1e-4)
+    assert rows[0]["psnr_tokenizer"] == pytest.approx(decibel(2), abs=1e-4)
+    assert rows[0]["psnr_moving"] == pytest.approx(decibel(12, 2), abs=1e-4)
+    assert rows[1]["psnr_moving"] == pytest.approx(decibel(38), abs=1e-4)
+
+
+def test_score_of_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, capsys):
+    write_checkpoint(tmp_path, model, untrained_tokenizer)
+    run_sample(monkeypatch, tmp_path, "--score", 5, "--frames", 4, "--prompt-frames", 2)
+    rows = json.loads((tmp_path / "out" / "score.json").read_text())["frames"]
+    assert [row["frame"] for row in rows] == [2, 3]
+    output = capsys.readouterr().out
+    assert "ceiling" in output and " mean" in output and "tokens/s" in output
+    run_sample(monkeypatch, tmp_path, "--score", 2, "--frames", 4, "--prompt", "world-masks")
+    assert [row["frame"] for row in json.loads((tmp_path / "out" / "score.json").read_text())["frames"]] == [3]
+
+
+def test_pairs_of_the_world():
+    """Every second frame shows where the objects of the one before are: those pixels differ from the ground."""
+    frames = data.world_pairs(5, 6, 48)
+    assert frames.shape == (6, 48, 48, 3)
+    for question, answer in zip(frames[::2], frames[1::2]):
+        ground = np.median(question.reshape(-1, 3), axis=0)
+        differs = np.abs(question - ground).max(axis=-1)
+        marked = (answer == data.COLOURS[0]).all(axis=-1)
+        assert marked.any() and (differs[marked] > 0).all() and differs[~marked].mean() < 0.1 * differs[marked].mean()
+    assert (frames[0] != frames[2]).any() and np.array_equal(data.world_pairs(5, 4, 48), data.world_pairs(5, 4, 48))
