@@ -173,18 +173,16 @@ def test_features_stop_at_the_deepest_layer(model):
     assert set(model.features(random_ids(1, 5), [1, 2])) == {1, 2}
 
 
+@pytest.mark.parametrize("mup_width", [0, 16])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prompt", [1, 8])
-def test_cached_logits_equal_uncached(model, batch_size, prompt):
+def test_cached_logits_equal_uncached(model, batch_size, prompt, mup_width):
+    model = toto.from_checkpoint({"model": model.state_dict(), "config": replace(SMALL, mup_width=mup_width)})
     ids = random_ids(batch_size, 21)
-    caches = [toto.KVCache(model, batch_size, 21) for _ in model.blocks]
-    cached = []
+    decoder = toto.Decoder(model, batch_size, 21)
     with torch.no_grad():
-        for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]:
-            for x in model.residual_stream(new, caches=caches):
-                pass
-            cached.append(model.logits(x))
-        torch.testing.assert_close(torch.cat(cached, dim=1), model(ids), atol=1e-4, rtol=1e-4)
+        cached = [decoder(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
+        torch.testing.assert_close(torch.stack(cached, dim=1), model(ids)[:, prompt - 1 :], atol=1e-4, rtol=1e-4)
 
 
 def test_greedy_generation_is_the_argmax_of_the_uncached_model(model):
