@@ -110,7 +110,7 @@ class AttentionPool(nn.Module):
 
 
 class AttentionMLPPool(AttentionPool):
-    """A.7: the same cross-attention, then a residual MLP before the classifier."""
+    """A.7, Table 16: the same cross-attention, then a residual MLP before the classifier."""
 
     def __init__(self, dim, n_heads, n_classes):
         super().__init__(dim, n_heads, n_classes)
@@ -141,9 +141,9 @@ def parse_layers(text, n_layers):
 class ProbeSet:
     """One split of a task: ids int16 (N, views, 1 + T) of N clips and, for each task, their class numbers (N,).
 
-    §4.3, the views of SlowFast: n_views windows of n_frames, the i-th starting at (length - n_frames) · i / n_views, of
-    each of n_crops crops, which the token folder stores as clips that follow one another. Not in the paper: one view is
-    the middle one. Windows start at frames that the stride keeps.
+    §4.3 and Table 8, the views of SlowFast: n_views windows of n_frames, the i-th starting at
+    (length - n_frames) · i / n_views, of each of n_crops crops, which the token folder stores as clips that follow one
+    another. Not in the paper: one view is the middle one. Windows start at frames that the stride keeps.
     """
 
     def __init__(self, tokens, n_frames, n_views=1, n_crops=1, classes=None, shots=None, seed=0):
@@ -296,7 +296,8 @@ def layer_scales(model):
 def fine_tuned_features(model, ids, layers, mode, causal):
     """The features of a trunk that learns -> ({l: (B, T, D)}, its own loss).
 
-    joint, §4.2: the loss is Eq. 2, and the classes' gradient stops at the features. full, A.3: the classes' loss alone.
+    joint (§4.2, Table 7): the loss is Eq. 2, and the classes' gradient stops at the features. full (A.2, A.3,
+    Table 13): the classes' loss alone.
     """
     features, x = {}, None
     for l, x in enumerate(model.residual_stream(ids, causal)):
@@ -391,7 +392,7 @@ def train_heads(heads, features, split, args, device, model=None):
 def evaluate(heads, features, split, args, device):
     """For every head: top1 and top5 (0 to 1), top1's 95 % interval, and the classes it gave (N,).
 
-    The class probabilities of a clip's views are averaged (§4.3).
+    The class probabilities of a clip's views are averaged (§4.3, Table 8).
     """
     n_views = split.ids.shape[1]
     predicted = {key: torch.zeros(len(split), dtype=torch.long, device=device) for key in heads}

@@ -47,7 +47,7 @@ def continue_video(model, codes, n_frames, window, start=toto.VIDEO_START, progr
 
 
 def read_prompts(args, checkpoint, n_clips):
-    """(frames uint8 (B, F, R, R, 3), how many of them are given to the model); F is at most --frames.
+    """A.8's prompts: (frames uint8 (B, F, R, R, 3), how many of them are given to the model); F is at most --frames.
 
     For clips of the built-in world and for one video, all of --frames, so that the truth can be shown. Of several files
     the frames that lead up to what is to be made, which has no truth then.

@@ -331,10 +331,10 @@ class Toto(nn.Module):
 class Decoder:
     """The model as a function of new ids only: the logits after them, with keys and values of all before in a cache.
 
-    Eq. 3 and 4 once more, on plain tensors. A step of one token is so little work that most of the time goes into
-    calling it: without modules, with the angles and the weights' dtype prepared, and with rotation, residual sums and
-    cache writes in as few calls as can be, `tiny` draws 2.2 times as many tokens a second on a CPU. Its products are in
-    float32 there, below 20 M parameters: bfloat16 costs more per call than it saves.
+    For A.8: Eq. 3 and 4 once more, on plain tensors. A step of one token is so little work that most of the time goes
+    into calling it: without modules, with the angles and the weights' dtype prepared, and with rotation, residual sums
+    and cache writes in as few calls as can be, `tiny` draws about twice as many tokens a second on a CPU. Its products
+    are in float32 there, below 20 M parameters: bfloat16 costs more per call than it saves.
     """
 
     def __init__(self, model, batch_size, n_tokens):

@@ -545,7 +545,7 @@ def prepare_sources(args, specs, tokenizer, rank, world_size):
 def make_optimizer(model, lr):
     """§3.2: AdamW with β = (0.9, 0.95). Not in the paper, from LLaMA: weight decay 0.1, on matrices only.
 
-    `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5), 1 otherwise.
+    `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5, Fig. 11), 1 otherwise.
     """
     blocks = [p for p in model.blocks.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
