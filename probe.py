@@ -15,6 +15,7 @@ import argparse
 import math
 import re
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -38,6 +39,14 @@ KEEP_BYTES = 4 * 2**30
 WORLD_TRAIN, WORLD_VAL = range(1_000_000, 1_002_400), range(2_000_000, 2_000_600)  # clips no training ever sees
 
 
+def mean_over_processes(x):
+    """The mean of x over all processes. What others' losses would add to its gradient is left out."""
+    share = x / dist.get_world_size()
+    total = share.detach().clone()
+    dist.all_reduce(total)
+    return share + (total - share.detach())
+
+
 class FeatureNorm(nn.Module):
     """Batch norm without parameters, as the two vectors (mean, 1/std) that it would apply to features (…, D).
 
@@ -55,9 +64,8 @@ class FeatureNorm(nn.Module):
         if self.training:
             var, mean = torch.var_mean(x.flatten(0, -2), dim=0, correction=0)
             if dist.is_initialized():
-                share = 1 / dist.get_world_size()
-                total = share * dist.nn.functional.all_reduce(mean)
-                mean, var = total, share * dist.nn.functional.all_reduce(var + (mean - total) ** 2)
+                total = mean_over_processes(mean)
+                mean, var = total, mean_over_processes(var + (mean - total) ** 2)
             self.mean.lerp_(mean.detach(), 0.1)
             self.var.lerp_(var.detach(), 0.1)
         return mean, (var + 1e-5).rsqrt()
@@ -152,7 +160,9 @@ class ProbeSet:
             raise ValueError(f"{tokens.meta['source']}: has both images and videos; probe one kind at a time")
         if not tokens.labels or None in tokens.labels.get("class", []):
             raise ValueError(f"{tokens.meta['source']}: files must lie in one sub-folder per class")
-        frames, n_views = (n_frames, n_views) if is_video.all() else (1, 1)
+        if (n_views, n_crops) != (1, 1) and not is_video.all():
+            raise ValueError(f"{tokens.meta['source']}: --views are for videos; here are images")
+        frames = n_frames if is_video.all() else 1
         labels = {task: names[::n_crops] for task, names in tokens.labels.items()}
         self.classes = classes or {task: sorted(set(names)) for task, names in labels.items()}
         for task, names in self.classes.items():
@@ -216,6 +226,7 @@ def load_sets(args, checkpoint, tokenizer):
             sets.append(ProbeSet(tokens, checkpoint["frames"], shots=args.shots, seed=args.seed))
         else:
             sets.append(ProbeSet(tokens, checkpoint["frames"], n_views, crops, sets[0].classes))
+        sets[-1].name = split
     if len(sets[0]) < 2:
         raise ValueError("probing needs at least 2 training clips")
     return sets
@@ -229,22 +240,16 @@ class Features:
         self.kept = None
         n_bytes = ids.numel() * model.config.dim * len(layers) * model.compute_dtype.itemsize
         if n_bytes <= KEEP_BYTES and len(ids) >= args.world_size:
-            # Each process computes a share, and all gather them, padded to the same size.
-            share = ids.tensor_split(args.world_size)[args.rank]
-            batches = tqdm(
-                share.split(args.batch), desc="features", unit="batch", dynamic_ncols=True, disable=args.rank > 0
-            )
-            parts = [self.compute(batch) for batch in batches]
-            self.kept = {l: self.gather(torch.cat([part[l] for part in parts])) for l in layers}
-
-    def gather(self, x):
-        if self.args.world_size == 1:
-            return x
-        lengths = [len(part) for part in self.ids.tensor_split(self.args.world_size)]
-        padded = F.pad(x, (0, 0, 0, 0, 0, max(lengths) - len(x)))
-        everywhere = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(everywhere, padded)
-        return torch.cat([part[:n] for part, n in zip(everywhere, lengths)])
+            shape = len(ids), ids.shape[1] - 1, model.config.dim
+            self.kept = {l: torch.empty(shape, dtype=model.compute_dtype, device=device) for l in layers}
+            shares = torch.arange(len(ids)).tensor_split(args.world_size)  # each process computes one
+            batches = shares[args.rank].split(args.batch)
+            for rows in tqdm(batches, desc="features", unit="batch", dynamic_ncols=True, disable=args.rank > 0):
+                for l, x in self.compute(ids[rows]).items():
+                    self.kept[l][rows[0] : rows[-1] + 1] = x
+            for rank, rows in enumerate(shares if args.world_size > 1 else ()):
+                for x in self.kept.values():
+                    dist.broadcast(x[rows[0] : rows[-1] + 1], src=rank)
 
     @torch.no_grad()
     def compute(self, ids):
@@ -263,10 +268,10 @@ class Pixels:
     def __init__(self, split, folder, resolution):
         paths = [folder / name for name in split.names]
         frames = [data.crop(next(iter(data.read_frames(path, resolution))), resolution) for path in paths]
-        self.x = torch.from_numpy(np.stack(frames)).flatten(1)[:, None].float() / 255
+        self.x = torch.from_numpy(np.stack(frames)).flatten(1)[:, None]
 
     def __getitem__(self, rows):
-        return {0: self.x[rows]}
+        return {0: self.x[rows].float() / 255}
 
 
 def make_heads(dim, n_heads, layers, pools, classes, seed, device):
@@ -308,6 +313,14 @@ def fine_tuned_features(model, ids, layers, mode, causal):
     return features, model.loss(x, torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), toto.END)), dim=1))
 
 
+def checksum(tensors):
+    """A number that changes with what is in the tensors."""
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(tensor.contiguous().numpy(), total)
+    return total
+
+
 def train_heads(heads, features, split, args, device, model=None):
     """Every head gets its own cross-entropy; their sum has just their gradients, since no parameter is shared.
 
@@ -317,16 +330,22 @@ def train_heads(heads, features, split, args, device, model=None):
     modules = {"|".join(map(str, key)): head for key, head in heads.items()}
     if args.finetune:
         scales = layer_scales(model)
-        groups += [{"params": [p], "scale": scales[name]} for name, p in model.named_parameters()]
+        for scale in sorted(set(scales.values())):
+            group = [p for name, p in model.named_parameters() if scales[name] == scale]
+            groups.append({"params": group, "scale": scale})
         modules["trunk"] = model.requires_grad_(True)
+    # Not in the paper: AdamW with weight decay 0.05, and a cosine to zero without a warm-up.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
     parameters = [p for group in groups for p in group["params"]]
     batches_per_epoch = max(len(split) // args.batch, 1)
     n_steps = args.epochs * batches_per_epoch
-    plan = args.plan | {"clips": len(split), "steps": n_steps}
-    path, first_step = args.out / "probe.pt", 0
+    contents = [split.ids, *split.labels.values(), *([p.detach().cpu() for p in model.parameters()] if model else [])]
+    plan = args.plan | {"steps": n_steps, "contents": checksum(contents)}
+    if min(args.batch, len(split)) % args.world_size:
+        raise ValueError(f"--batch {args.batch}: {args.world_size} processes cannot share it evenly")
+    path, first_step = args.out / args.state, 0
     if path.exists():
-        stored = torch.load(path, map_location=device, weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
         if stored["plan"] == plan:
             for name, module in modules.items():
                 module.load_state_dict(stored["modules"][name])
@@ -381,7 +400,10 @@ def train_heads(heads, features, split, args, device, model=None):
             saved = time.time()
         if stop:
             progress.close()
-            print(f"stopped and saved at step {step + 1:,}; the same command goes on from there")
+            if args.world_size > 1:
+                dist.barrier()  # where one process ends, torchrun ends the others, which may still write
+            if args.rank == 0:
+                print(f"stopped and saved at step {step + 1:,}; the same command goes on from there")
             raise KeyboardInterrupt
     dvae.stop_listening()
     if args.finetune:
@@ -462,24 +484,20 @@ def print_beside_the_paper(results, classes, n_layers, args):
     for task in classes:
         best = {pool: best_layer(results, task, pool) for pool in pools}
         top1 = {pool: f"{results[task, pool, l]['top1']:.1%}" for pool, l in best.items()}
+        add = lambda what, theirs, *ours: rows.append((what, theirs, f"{', '.join(ours)} ({task})"))
         if {"average", "attention"} <= pools and not args.finetune:
-            rows.append(
-                ("Table 5: average, attention pooling", "53.2, 61.1", f"{top1['average']}, {top1['attention']}")
-            )
+            add("Table 5, ImageNet, large: average, attention", "53.2, 61.1", top1["average"], top1["attention"])
         if {"attention", "attention-mlp"} <= pools:
-            rows.append(
-                ("Table 8, 16: attention, with MLP", "59.3, 61.2", f"{top1['attention']}, {top1['attention-mlp']}")
-            )
+            add("Tables 8, 16, K400, base: attention, + MLP", "59.3, 61.2", top1["attention"], top1["attention-mlp"])
         if len({l for _, _, l in results}) > 2 and "attention" in pools:
-            rows.append(("Fig. 4: best layer of all", "about 50 %", f"{best['attention']} of {n_layers}"))
+            add("Fig. 4, ImageNet: best layer of all", "about 50 %", f"{best['attention']} of {n_layers}")
         if args.finetune == "full":
             theirs = {"causal": "82.2", "full": "82.6"}[args.attention]
-            rows.append((f"A.2: fine-tuned, {args.attention} attention", theirs, ", ".join(top1.values())))
-        rows = [(*row, task) if len(row) == 3 else row for row in rows]
+            add(f"A.2, ImageNet, base: {args.attention} attention", theirs, *top1.values())
     if rows:
-        print(f"\n{'':<42}{'the paper':<14}here")
-        for what, theirs, ours, task in rows:
-            print(f"{what:<42}{theirs:<14}{ours} ({task})")
+        print(f"\n{'':<46}{'the paper':<14}here")
+        for what, theirs, ours in rows:
+            print(f"{what:<46}{theirs:<14}{ours}")
 
 
 def print_confusion(results, split, n_worst=5):
@@ -549,73 +567,72 @@ def about(name):
     return f"{PAPER[name]:g}, or {LAPTOP[name]:g} for tiny"
 
 
+def probe_run(name, model, layers, pools, dim, sets, args, device, checkpoint):
+    """Train and evaluate the heads of one model, or of raw pixels -> results by (task, pool, layer)."""
+    train, val = sets
+    settings = {
+        key: str(value) for key, value in vars(args).items() if key not in ("rank", "world_size", "plan", "state")
+    }
+    args.plan = settings | {"model": name, "checkpoint_step": checkpoint["step"], "tokenizer": checkpoint["tokenizer"]}
+    heads = make_heads(dim, checkpoint["config"].n_heads, layers, pools, train.classes, args.seed, device)
+    if name == "raw pixels":
+        resolution = args.resolution or checkpoint["resolution"]
+        of_train, of_val = (Pixels(part, Path(args.data) / part.name, resolution) for part in sets)
+        train_heads(heads, of_train, train, args, device)
+    else:
+        of_train = None if args.finetune else Features(model, train.ids[:, 0], layers, args, device)
+        train_heads(heads, of_train, train, args, device, model)
+        del of_train
+        of_val = Features(model, val.ids.flatten(0, 1), layers, args, device)
+    return evaluate(heads, of_val, val, args, device)
+
+
 def main():
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
     args.rank, args.world_size = dvae.start_processes(device)
-    say = print if args.rank == 0 else lambda *words: None
-    report = {"accuracy": []}
+    report, asked = {"runs": {}, "accuracy": []}, {name: getattr(args, name) for name in PAPER}
     for path in args.checkpoint:
         model, tokenizer, checkpoint = data.load_model(path, args.tokenizer, device, args.rope_base)
         config, resolution = model.config, args.resolution or checkpoint["resolution"]
         tiny = (config.dim, config.n_layers) == (toto.SIZES["tiny"].dim, toto.SIZES["tiny"].n_layers)
-        for name, value in (LAPTOP if tiny else PAPER).items():
-            setattr(args, name, getattr(args, name) or value)
+        for name, default in (LAPTOP if tiny else PAPER).items():
+            setattr(args, name, asked[name] or default)
         layers = parse_layers(args.layer, config.n_layers)
         if args.finetune == "full" and (len(layers) > 1 or len(args.pool) > 1):
             raise ValueError("--finetune full: the trunk learns for one head; give one --layer and one --pool")
-        train, val = load_sets(args, checkpoint, tokenizer)
+        sets = train, val = load_sets(args, checkpoint, tokenizer)
         report |= {"clips": [len(train), len(val)], "classes": train.classes}
-        say(
-            f"{len(train)} training and {len(val)} validation clips of {train.ids.shape[2] - 1} tokens; layers {layers}"
-        )
-        runs = [(str(path), config.dim, layers, args.pool)]
+        if args.rank == 0:
+            n_tokens = train.ids.shape[2] - 1
+            print(f"{len(train)} training and {len(val)} validation clips of {n_tokens} tokens; layers {layers}")
+        runs = {str(path): (model, layers, args.pool, config.dim)}
         if args.baselines:
-            runs.append(("an untrained model", config.dim, layers, args.pool))
+            torch.manual_seed(args.seed)
+            untrained = toto.Toto(config, model.compute_dtype).to(device).eval().requires_grad_(False)
+            runs["an untrained model"] = (untrained, layers, args.pool, config.dim)
             if args.data and train.ids[0, 0, 0] == toto.IMAGE_START:
-                runs.append(("raw pixels", 3 * resolution**2, [0], ["average"]))
-        for name, dim, layers, pools in runs:
-            if name == "an untrained model":
-                torch.manual_seed(args.seed)
-                model = toto.Toto(config, model.compute_dtype).to(device).eval().requires_grad_(False)
-            plan = {key: str(value) for key, value in vars(args).items() if key not in ("rank", "world_size", "plan")}
-            args.plan = plan | {
-                "model": name,
-                "checkpoint_step": checkpoint["step"],
-                "tokenizer": checkpoint["tokenizer"],
-            }
-            heads = make_heads(dim, config.n_heads, layers, pools, train.classes, args.seed, device)
-            if name == "raw pixels":
-                of_train, of_val = (
-                    Pixels(part, Path(args.data) / split, resolution)
-                    for part, split in ((train, "train"), (val, "val"))
-                )
-                train_heads(heads, of_train, train, args, device)
-            else:
-                of_train = None if args.finetune else Features(model, train.ids[:, 0], layers, args, device)
-                train_heads(heads, of_train, train, args, device, model)
-                of_val = Features(model, val.ids.flatten(0, 1), layers, args, device)
-            results = evaluate(heads, of_val, val, args, device)
-            if args.rank == 0:
-                print(
-                    f"\n{name}"
-                    + (f", {args.finetune} fine-tuning" if args.finetune else "")
-                    + (f", {val.ids.shape[1]} views" if val.ids.shape[1] > 1 else ", one view")
-                )
-                print_table(results, train.classes, config.n_layers)
-                if name == str(path):
-                    print_beside_the_paper(results, train.classes, config.n_layers, args)
-                if args.confusion:
-                    print_confusion(results, val)
-            report["settings"] = args.plan
+                runs["raw pixels"] = (None, [0], ["average"], 3 * resolution**2)
+        for name, run in runs.items():
+            number = len(report["runs"]) + 1
+            args.state = "probe.pt" if number == 1 else f"probe-{number}.pt"  # of each run its own
+            results = probe_run(name, *run, sets, args, device, checkpoint)
+            report["runs"][name] = args.plan
             report["accuracy"] += [
                 {"model": name, "task": t, "pool": p, "layer": l}
                 | {key: r[key] for key in ("top1", "top5", "interval")}
                 for (t, p, l), r in results.items()
             ]
-    if args.rank == 0:
-        data.write_json(report, args.out / "probe.json")
+            if args.rank == 0:
+                data.write_json(report, args.out / "probe.json")
+                words = [name, f"{args.finetune} fine-tuning" if args.finetune else "frozen"]
+                print("\n" + ", ".join([*words, f"{val.ids.shape[1]} view(s)"]))
+                print_table(results, train.classes, config.n_layers)
+                if name == str(path):
+                    print_beside_the_paper(results, train.classes, config.n_layers, args)
+                if args.confusion:
+                    print_confusion(results, val)
     if args.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import dvae
 import toto
 
 WORLD_CLIPS = range(3_000_000, 4_000_000)  # clips that no training ever sees
@@ -59,7 +60,7 @@ def read_prompts(args, checkpoint, n_clips):
     if args.prompt in ([data.WORLD], [data.WORLD_MASKS]):
         n_given = args.prompt_frames or (4 if args.prompt == [data.WORLD] else args.frames - 1)
         clips = WORLD_CLIPS[args.seed * n_clips :][:n_clips]
-        (items,) = [sum(data.world_shards(clips, resolution, args.frames, args.prompt[0]), [])]
+        items = sum(data.world_shards(clips, resolution, args.frames, args.prompt[0]), [])
         return np.stack([item.read()[1] for item in items]), n_given
     files = []
     for name in args.prompt:
@@ -82,7 +83,7 @@ def read_prompts(args, checkpoint, n_clips):
 def psnr(frames, truth, where=None):
     """Peak signal-to-noise ratio in dB, by the mean squared error of all clips, optionally of some pixels only."""
     error = (frames.astype(np.float32) - truth) ** 2
-    error = error.mean() if where is None else error[where].mean()
+    error = error.mean() if where is None or not where.any() else error[where].mean()
     return 20 * math.log10(255) - 10 * math.log10(max(error, 1e-9))
 
 
@@ -134,9 +135,9 @@ def memory_rate(device):
 
 def report_speed(model, n_samples, n_ids, n_tokens, seconds, device):
     """Tokens/s beside the floor: all weights, and the cache as far as it is filled, read once a step."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    c = model.config
-    cache = 2 * n_samples * c.n_layers * c.dim * model.compute_dtype.itemsize * n_ids / 2
+    c, itemsize = model.config, toto.Decoder.dtype_for(model).itemsize
+    weights = model.count_parameters() * itemsize
+    cache = 2 * n_samples * c.n_layers * c.dim * itemsize * n_ids / 2
     rate = memory_rate(device)
     print(
         f"{n_samples} samples at a time: {n_samples * n_tokens / seconds:,.0f} tokens/s; a step takes "
@@ -183,7 +184,9 @@ def main():
     model, tokenizer, checkpoint = data.load_model(args.checkpoint, args.tokenizer, device)
     n_samples = args.score or args.samples
     truth, n_given = read_prompts(args, checkpoint, n_samples)
-    grid = checkpoint["resolution"] // 8
+    if args.score and truth.shape[1] < args.frames:
+        raise ValueError(f"--score: the prompt has {truth.shape[1]} frames; give --frames as many, or fewer")
+    grid = checkpoint["resolution"] // dvae.PIXELS_PER_CODE
     encode = lambda frames: torch.stack([tokenizer.encode(clip) for clip in frames])
     prompt = encode(truth[:, :n_given]) if n_given else torch.zeros(n_samples, 0, grid, grid, dtype=torch.long)
     prompt = prompt.to(device)
@@ -196,12 +199,11 @@ def main():
             progress=bar.update, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             generator=torch.Generator(device).manual_seed(args.seed),
         )  # fmt: skip
+    codes[-1].max().item()  # waits for the device
     n_ids = min(args.frames, checkpoint["frames"]) * h * w
     report_speed(model, n_samples, n_ids, n_new, time.perf_counter() - started, device)
 
     if args.score:
-        if truth.shape[1] < args.frames:
-            raise ValueError(f"--score: the prompt has {truth.shape[1]} frames; give --frames as many, or fewer")
         moving = None
         if args.prompt == [data.WORLD]:
             clips = WORLD_CLIPS[args.seed * n_samples :][:n_samples]
@@ -218,7 +220,7 @@ def main():
             rest = np.zeros((args.frames - len(frames), *frames.shape[1:]), np.uint8)
             frames = np.concatenate((frames, rest))
         rows.append([("truth", frames), made] if len(frames) else [made])
-    with data.dvae.atomic_open(args.out / "sample.npy") as file:
+    with dvae.atomic_open(args.out / "sample.npy") as file:
         np.save(file, codes.cpu().numpy().astype(np.uint16))
     data.write_gif(args.out / "sample.gif", rows, n_given)
     data.write_strip(args.out / "sample.png", rows, n_given)

@@ -14,7 +14,6 @@ line a step) and samples.gif. Run again with the same --out, it goes on where it
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -40,7 +39,10 @@ PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4,
 LAPTOP = {"resolution": 48, "batch_tokens": 2**10, "steps": 4200, "lr": 5e-3, "warmup": 50, "save_every": 500}
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "4090": 165,
+    "3090": 71,
+}  # fmt: skip
 
 
 def parse_arguments():
@@ -227,19 +229,22 @@ def train(args, device, compute_dtype, rank, world_size):
             tqdm.write(f"step {done:,}: validation loss {report}")
             weights = [weight for (_, weight), name in zip(specs, held_out) if name in results]
             loss = np.average([result["loss"] for result in results.values()], weights=weights)
+            append_log(log_path, {"step": done, "validation": results, "validation_loss": loss})
             if loss < best_loss:
                 best_loss = loss
                 copy_file(checkpoint_path, args.out / "best.pt")
-            append_log(log_path, {"step": done, "validation": results, "validation_loss": loss})
         return results
 
     def leave(done):
+        if world_size > 1:
+            dist.barrier()  # where one process ends, torchrun ends the others, which may still write
         progress.close()
         say(f"stopped and saved at step {done:,}; the same command goes on from there")
         raise KeyboardInterrupt
 
     if args.benchmark:
-        return benchmark(trained, optimizer, read_batch, args, device, world_size, flops_per_step, peak_flops)
+        n_tokens = n_sequences * tokens_per_sequence
+        return benchmark(trained, optimizer, read_batch, args, device, n_tokens, flops_per_step, peak_flops)
     if is_main and tokenizer is None:
         print("no tokenizer given: there will be no samples, and probe.py and sample.py will need --tokenizer")
     elif is_main and args.tokenizer and args.tokenizer != args.out / "dvae.pt":
@@ -263,6 +268,8 @@ def train(args, device, compute_dtype, rank, world_size):
         desc="training", unit="step", dynamic_ncols=True, disable=not is_main,
     )  # fmt: skip
     results = None
+    if goes_on and (first_step % args.save_every == 0 or first_step >= args.steps):
+        results = check(first_step)  # which a stop right after the save may have left undone
     batch = read_batch(first_step)
     for step in progress:
         started = time.perf_counter()
@@ -275,11 +282,10 @@ def train(args, device, compute_dtype, rank, world_size):
         losses, grad_norm = taken
 
         batch = read_batch(step + 1)  # while a GPU still computes; the next lines wait for it, once a step
-        loss_and_stop = torch.stack((losses.sum(), torch.tensor(float(len(signals)), device=device)))
+        figures = torch.stack((losses.sum(), grad_norm, torch.tensor(float(len(signals)), device=device)))
         if world_size > 1:  # all processes must agree on whether to stop
-            dist.all_reduce(loss_and_stop)
-        loss, stop = loss_and_stop.tolist()
-        loss /= world_size
+            dist.all_reduce(figures)
+        loss, grad_norm, stop = (figures / figures.new_tensor((world_size, world_size, 1))).tolist()
         seconds = time.perf_counter() - started
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise diverged(step, loss, grad_norm, losses, mixture, list(sources), n_sequences, args, rank, world_size)
@@ -289,7 +295,7 @@ def train(args, device, compute_dtype, rank, world_size):
             append_log(
                 log_path,
                 {"step": step + 1, "tokens": (step + 1) * n_sequences * tokens_per_sequence, "loss": loss}
-                | {"lr": learning_rate(step, args), "grad_norm": grad_norm.item()}
+                | {"lr": learning_rate(step, args), "grad_norm": grad_norm}
                 | {"tokens_per_second": speed, "mfu": mfu},
             )
         done = step + 1
@@ -301,7 +307,6 @@ def train(args, device, compute_dtype, rank, world_size):
 
     if first_step >= args.steps:
         say(f"{checkpoint_path} has all {args.steps:,} steps already; give more --steps, or another --out")
-        results = check(first_step)
     dvae.stop_listening()
     if is_main:
         print_results(results)
@@ -319,7 +324,7 @@ def distribute(model, args, device, world_size):
     model.recompute = args.recompute
     if args.compile:  # block by block: one short compilation serves all layers
         for block in model.blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward)
     if args.shard:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second
 
@@ -358,7 +363,8 @@ def take_step(trained, optimizer, batch, args, device, is_stopped=lambda: False)
     # Not in the paper: gradients clipped at norm 1, as LLaMA does.
     grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad()
+    # Replicas' gradients lie in the buffers that they exchange: set to zero there, not given up, they exist once.
+    optimizer.zero_grad(set_to_none=not isinstance(trained, DistributedDataParallel))
     return torch.stack(losses), grad_norm.full_tensor() if args.shard else grad_norm
 
 
@@ -379,19 +385,19 @@ def diverged(step, loss, grad_norm, losses, mixture, names, n_sequences, args, r
     )
 
 
-def benchmark(trained, optimizer, read_batch, args, device, world_size, flops_per_step, peak_flops, n_steps=5):
+def benchmark(trained, optimizer, read_batch, args, device, n_tokens, flops_per_step, peak_flops, n_steps=5):
     """Print tokens/s, MFU, peak memory and the time outside matrix products of training steps."""
 
     def step():
         batch = read_batch(0)
         loss, grad_norm = take_step(trained, optimizer, batch, args, device)
-        return batch.numel() * world_size, loss.sum().item()  # waits for the device
+        loss.sum().item()  # waits for the device
 
     for _ in range(2):  # the first compiles, and allocates what the later ones reuse
         step()
     started = time.perf_counter()
     for _ in tqdm(range(n_steps), desc="benchmark", unit="step", disable=dist.is_initialized() and dist.get_rank() > 0):
-        n_ids, _ = step()
+        step()
     seconds = (time.perf_counter() - started) / n_steps
     if device.type == "cuda":
         memory, what = torch.cuda.max_memory_allocated(device), "of GPU memory"
@@ -402,16 +408,19 @@ def benchmark(trained, optimizer, read_batch, args, device, world_size, flops_pe
         memory, what = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident, Python and torch included"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiled:
         step()
-    times = {
-        op.key: op.self_device_time_total if device.type == "cuda" else op.self_cpu_time_total
-        for op in profiled.key_averages()
-    }
-    products = sum(t for name, t in times.items() if re.fullmatch(r"aten::\w*(mm|attention\w*)", name))
+    rows = profiled.key_averages()
+    products = [op for op in rows if re.fullmatch(r"aten::\w*(mm|attention\w*)", op.key)]
+    if device.type == "cuda":  # kernels have rows of their own, beside those of the calls that started them
+        kernels = [op for op in rows if op.device_type == torch.autograd.DeviceType.CUDA and not op.is_user_annotation]
+        in_products, in_all = (sum(op.self_device_time_total for op in ops) for ops in (products, kernels))
+    else:
+        in_products, in_all = (sum(op.self_cpu_time_total for op in ops) for ops in (products, rows))
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(
-            f"{args.size}, {n_ids:,} ids a step, micro-batches of {args.micro_batch}: {n_ids / seconds:,.0f} tokens/s\n"
+            f"{args.size}, {n_tokens:,} tokens a step, micro-batches of {args.micro_batch}: "
+            f"{n_tokens / seconds:,.0f} tokens/s\n"
             f"  MFU {flops_per_step / seconds / peak_flops:.1%} of {peak_flops / 1e12:,.2f} TFLOP/s\n"
-            f"  {1 - products / sum(times.values()):.0%} of the time outside matrix products and attention\n"
+            f"  {1 - in_products / in_all:.0%} of the time outside matrix products and attention\n"
             f"  peak memory {memory / 2**30:.2f} GiB ({what})"
         )
 
@@ -435,8 +444,8 @@ def memory_plan(config, n_ids, micro_batch, on_cpu=False, n_shards=1, recompute=
         "weights, float32": 4 * n // n_shards,
         "gradients, float32": 4 * n // n_shards,
         "AdamW's averages, float32": 8 * n // n_shards,
-        # Whole, from the forward to the backward pass; sharded, the embedding and two blocks at a time.
-        "weights, bfloat16": 2 * (n if n_shards == 1 else embedding + 2 * block),
+        # All of them, from the forward to the backward pass; sharded or recomputed, the embedding and two blocks.
+        "weights, bfloat16": 2 * (n if n_shards == 1 and not recompute else embedding + 2 * block),
         "activations, bfloat16": round(2 * tokens * L * (D if recompute else kept)),
         "the block in work": round(2 * tokens * kept),  # its gradients, or what is recomputed
         "loss": 2 * tokens * D + 6 * embedding + 12 * chunk,
@@ -456,8 +465,10 @@ def print_plan(args, device):
     parts = memory_plan(config, tokens_per_sequence + 1, micro_batch, args.device == "cpu", n_shards, args.recompute)
     tokens = args.steps * n_sequences * tokens_per_sequence
     flops = model.flops_per_token(tokens_per_sequence) * tokens
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "H200"
-    peak = peak_flops_per_second(device, torch.bfloat16) if device.type == "cuda" else PEAK_TFLOPS["H200"] * 1e12
+    if device.type == "cuda" or args.device:
+        what, peak = device.type, peak_flops_per_second(device, data.fast_dtype(device))
+    else:
+        what, peak = "H200", PEAK_TFLOPS["H200"] * 1e12
     print(
         f"{args.size}: {model.count_parameters() / 1e6:,.2f} M parameters, with {config.vocab_size:,} ids\n"
         f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens: "
@@ -470,7 +481,7 @@ def print_plan(args, device):
     if n_sequences % n:
         print(f"{n} processes cannot share {n_sequences} sequences evenly: change --batch-tokens")
     for mfu in (0.3, 0.4, 0.5):
-        print(f"at {mfu:.0%} of {n} x {peak / 1e12:.0f} TFLOP/s ({gpu}): {flops / (mfu * n * peak) / 86400:,.2f} days")
+        print(f"at {mfu:.0%} of {n} x {peak / 1e12:.4g} TFLOP/s ({what}): {flops / (mfu * n * peak) / 86400:,.2f} days")
 
 
 def keep_tokenizer(tokenizer, path):
@@ -571,7 +582,7 @@ def peak_flops_per_second(device, dtype):
     """The device's matrix rate, which MFU is a share of: from the table, else from a matrix product here and now."""
     if device.type == "cuda":
         for name, tflops in PEAK_TFLOPS.items():
-            if name in torch.cuda.get_device_name(device).split() and dtype == torch.bfloat16:
+            if name in torch.cuda.get_device_name(device) and dtype == torch.bfloat16:
                 return tflops * 1e12
     n = 1024 if device.type == "cpu" else 4096
     a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
@@ -589,14 +600,17 @@ def save(path, model, optimizer, step, plan, meta, args):
     however many there are.
     """
 
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+
     def whole(tensor):
-        return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor.cpu() if is_main else None
 
     weights = {name: whole(p) for name, p in model.state_dict().items()}
     averages = {
         name: {key: whole(value) for key, value in optimizer.state[p].items()} for name, p in model.named_parameters()
     }
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if not is_main:
         return
     checkpoint = {
         "model": weights,
@@ -616,7 +630,7 @@ def save(path, model, optimizer, step, plan, meta, args):
         steps = sorted(
             int(found[1]) for p in path.parent.iterdir() if (found := re.fullmatch(r"toto-(\d+)\.pt", p.name))
         )
-        for old in steps[: -args.keep]:
+        for old in [s for s in steps if s > step] + [s for s in steps if s <= step][: -args.keep]:
             path.with_name(f"toto-{old}.pt").unlink()
 
 
@@ -630,14 +644,8 @@ def load_averages(model, optimizer, averages):
 
 
 def copy_file(path, copy):
-    """A second name for a file that is only ever replaced, never changed: no bytes move where links are possible."""
-    temporary = copy.with_name(f"{copy.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, copy)
+    with open(path, "rb") as source, dvae.atomic_open(copy) as file:
+        shutil.copyfileobj(source, file, 2**24)
 
 
 def append_log(path, entry):
@@ -646,14 +654,14 @@ def append_log(path, entry):
 
 
 def trim_log(path, step):
-    """Drop the lines of steps that were taken after the last checkpoint, and will be taken again; return the others."""
+    """Drop the lines of what came after the last checkpoint, and will come again; return the others."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # a line that was cut off
             continue
-        if entry["step"] <= step:
+        if entry["step"] < step or entry["step"] == step and "validation" not in entry:
             kept.append(entry)
     with dvae.atomic_open(path) as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())

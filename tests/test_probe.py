@@ -240,16 +240,16 @@ def test_views_of_videos(tmp_path, untrained_tokenizer):
 
 
 def test_probabilities_of_views_are_averaged():
-    """Two views of a clip: one is sure of class 0, the other leans to class 1."""
+    """Two views lean to class 0, the third is sure of class 1: their logits would give 1."""
 
     class split:
-        ids, labels = torch.zeros(3, 2, 5), {"class": torch.tensor([0, 0, 1])}
+        ids, labels = torch.zeros(3, 3, 5), {"class": torch.tensor([0, 0, 1])}
         __len__ = lambda self: 3
 
     class args:
-        batch, rank, world_size = 4, 0, 1
+        batch, rank, world_size = 6, 0, 1
 
-    p = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
+    p = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.001, 0.999]]).log()
     features = {0: p.repeat(3, 1)[:, None]}
     by_rows = type("", (), {"__getitem__": lambda self, rows: {0: features[0][rows]}})()
     head = torch.nn.Flatten()
@@ -264,7 +264,22 @@ def test_shots_and_baselines(setting, monkeypatch, capsys):
     assert models == 2 * [str(setting / "toto.pt")] + 2 * ["an untrained model"] + ["raw pixels"]
     assert report["accuracy"][-1]["top1"] > 0.9  # red and blue are easy to tell
     output = capsys.readouterr().out
-    assert "worst classes of" in output and "Table 5: average, attention pooling" in output
+    assert "worst classes of" in output and "Table 5, ImageNet, large: average, attention" in output
+    with pytest.raises(ValueError, match="--views are for videos; here are images"):
+        run_probe(monkeypatch, setting, "--views", "1x3")
+
+
+def test_new_weights_and_new_labels_are_probed_anew(setting, monkeypatch):
+    """probe.pt is for the very same model and clips, whatever their files are called."""
+    arguments = ["--layer", "2", "--epochs", "2"]
+    first = run_probe(monkeypatch, setting, *arguments)["runs"]
+    heads = trained_parts(setting)
+    checkpoint = torch.load(setting / "toto.pt", weights_only=True)
+    checkpoint["model"]["blocks.0.mlp.out.weight"] *= 2
+    torch.save(checkpoint, setting / "toto.pt")
+    assert run_probe(monkeypatch, setting, *arguments)["runs"] == first
+    for name, state in trained_parts(setting).items():
+        assert not torch.equal(state["norm.mean"], heads[name]["norm.mean"])
 
 
 def test_wilson_interval():
@@ -275,6 +290,7 @@ def test_wilson_interval():
 
 def test_features_computed_anew_are_the_kept_ones(setting, monkeypatch):
     kept = run_probe(monkeypatch, setting, "--layer", "2", "--epochs", "2")["accuracy"]
+    (setting / "out" / "probe.pt").unlink()  # or it would find all steps done
     monkeypatch.setattr(probe, "KEEP_BYTES", 0)
     assert run_probe(monkeypatch, setting, "--layer", "2", "--epochs", "2")["accuracy"] == kept
 
