@@ -263,13 +263,13 @@ def train(args, device, compute_dtype, rank, world_size):
     # Ctrl-C and SIGTERM ask the loop to save and leave: between two micro-batches (the step is then taken again), or
     # with several processes, which must agree, after the step. Asked again, they end it at once.
     signals = dvae.listen_for_stop()
+    results = None
+    if goes_on and (first_step % args.save_every == 0 or first_step >= args.steps):
+        results = check(first_step)  # which a stop right after the save may have left undone
     progress = tqdm(
         range(first_step, args.steps), initial=first_step, total=args.steps,
         desc="training", unit="step", dynamic_ncols=True, disable=not is_main,
     )  # fmt: skip
-    results = None
-    if goes_on and (first_step % args.save_every == 0 or first_step >= args.steps):
-        results = check(first_step)  # which a stop right after the save may have left undone
     batch = read_batch(first_step)
     for step in progress:
         started = time.perf_counter()
