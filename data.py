@@ -348,7 +348,8 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source="", ran
     write_json({**meta, "shards": len(shards)}, out / "meta.json")
 
     todo = [i for i in range(rank, len(shards), world_size) if not is_finished(out, i, shards[i])]
-    with tqdm(total=sum(len(shards[i]) for i in todo), desc="tokenizing", unit="file", dynamic_ncols=True) as bar:
+    n_items = sum(len(shards[i]) for i in todo)
+    with tqdm(total=n_items, desc="tokenizing", unit="file", dynamic_ncols=True, disable=not todo) as bar:
         n_frames = 0
         for i in todo:
             codes, index = encode_shard(shards[i], tokenizer, resolution, crops, bar)
@@ -665,7 +666,10 @@ def write_video(path, rows, n_prompt, fps=6):
     """The same as an MP4."""
     pictures = [lay_out(rows, n_prompt, t) for t in range(len(rows[0][0][1]))]
     with dvae.atomic_open(path) as file:
-        file.write(iio.imwrite("<bytes>", np.stack(pictures), extension=".mp4", plugin="FFMPEG", fps=fps))
+        video = iio.imwrite(
+            "<bytes>", np.stack(pictures), extension=".mp4", plugin="FFMPEG", fps=fps, macro_block_size=2
+        )
+        file.write(video)
 
 
 def write_strip(path, rows, n_prompt):
@@ -726,6 +730,13 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """For argparse: a whole number of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return int(text)
+
+
 def rate(text):
     """For argparse: a learning rate."""
     if not 0 < float(text) < math.inf:
@@ -765,10 +776,12 @@ def load_model(checkpoint_path, tokenizer_path, device, rope_base=None):
     """The model of a checkpoint, the tokenizer it was trained with, and the checkpoint's other entries."""
     dtype = fast_dtype(device)
     path = Path(tokenizer_path or Path(checkpoint_path).with_name("dvae.pt"))
-    for needed in (Path(checkpoint_path), path):
-        if not needed.exists() or needed == Path(checkpoint_path) and not needed.is_file():
-            raise ValueError(f"{needed}: no such file; train.py makes one")
-    checkpoint, tokenizer = toto.load_checkpoint(checkpoint_path), dvae.load(path, device, dtype)
+    if not Path(checkpoint_path).is_file():
+        raise ValueError(f"{checkpoint_path}: no such file; train.py makes one")
+    checkpoint = toto.load_checkpoint(checkpoint_path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; give the model's tokenizer with --tokenizer")
+    tokenizer = dvae.load(path, device, dtype)
     if tokenizer.fingerprint() != checkpoint["tokenizer"]:
         raise ValueError(
             f"{path} is not the tokenizer that {checkpoint_path} was trained with; give that with --tokenizer"

@@ -212,6 +212,8 @@ def load_sets(args, checkpoint, tokenizer):
             source, shards = f"world-{split}", data.world_shards(world, resolution, checkpoint["frames"])
         else:
             source = Path(args.data) / split
+            if not Path(args.data).is_dir():
+                raise ValueError(f"{args.data}: no such folder")
             if not source.is_dir():
                 raise ValueError(f"{source}: no such folder; --data needs train/<class>/* and val/<class>/*")
             shards = data.media_shards(source, resolution, checkpoint["stride"])
@@ -468,7 +470,7 @@ def print_table(results, classes, n_layers):
             for pool in pools:
                 r = results[task, pool, l]
                 low, high = r["interval"]
-                row += f"{r['top1']:6.1%} ({low:3.0%} to {high:4.0%}) " + f"{'█' * round(16 * r['top1']):<16}  "
+                row += f"{r['top1']:6.1%} {f'({low:.0%} to {high:.0%})':<15}{'█' * round(14 * r['top1']):<14}  "
             print(f"{l:>5}  {row}")
         for pool in pools if len(layers) > 1 else ():
             best = best_layer(results, task, pool)
@@ -495,7 +497,7 @@ def print_beside_the_paper(results, classes, n_layers, args):
             theirs = {"causal": "82.2", "full": "82.6"}[args.attention]
             add(f"A.2, ImageNet, base: {args.attention} attention", theirs, *top1.values())
     if rows:
-        print(f"\n{'':<46}{'the paper':<14}here")
+        print(f"\n{'for orientation, since the data differ':<46}{'the paper':<14}here")
         for what, theirs, ours in rows:
             print(f"{what:<46}{theirs:<14}{ours}")
 
@@ -531,7 +533,7 @@ def parse_arguments():
     add(
         "--views",
         type=views,
-        default=(1, 1),
+        default="1x1",
         metavar="VxS",
         help="clips and crops (1 or 3) of each video: 10x3 in §4.3",
     )
@@ -539,11 +541,15 @@ def parse_arguments():
     add("--baselines", action="store_true", help="probe an untrained model too, and with images their raw pixels")
     add("--confusion", action="store_true", help="list the classes that are confused most")
     add("--resolution", type=data.resolution, help="side of the frames in pixels (default: that of the training)")
-    add("--rope-base", type=float, help="RoPE's base (default: that of the checkpoint; 50,000 at 32 x 32 tokens, §4.2)")
+    add(
+        "--rope-base",
+        type=data.rate,
+        help="RoPE's base (default: that of the checkpoint; 50,000 at 32 x 32 tokens, §4.2)",
+    )
     add("--epochs", type=data.positive, help=f"passes over the training set (default: {about('epochs')})")
     add("--batch", type=data.positive, default=32, help="clips in a step, over all processes")
     add("--lr", type=data.rate, help=f"peak learning rate (default: {about('lr')})")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=data.natural, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.attention == "full" and args.finetune != "full":

@@ -47,8 +47,12 @@ def continue_video(model, codes, n_frames, window, start=toto.VIDEO_START, progr
     return codes
 
 
+def world_numbers(seed, n_clips):
+    return [WORLD_CLIPS[(seed * n_clips + i) % len(WORLD_CLIPS)] for i in range(n_clips)]
+
+
 def read_prompts(args, checkpoint, n_clips):
-    """A.8's prompts: (frames uint8 (B, F, R, R, 3), how many of them are given to the model); F is at most --frames.
+    """A.8's prompts: (frames uint8 (B, F, R, R, 3), how many of them are given to the model).
 
     For clips of the built-in world and for one video, all of --frames, so that the truth can be shown. Of several files
     the frames that lead up to what is to be made, which has no truth then.
@@ -56,10 +60,9 @@ def read_prompts(args, checkpoint, n_clips):
     resolution = checkpoint["resolution"]
     if args.imagine:
         return np.zeros((n_clips, 0, resolution, resolution, 3), np.uint8), 0
-    n_given = args.prompt_frames or 4
     if args.prompt in ([data.WORLD], [data.WORLD_MASKS]):
         n_given = args.prompt_frames or (4 if args.prompt == [data.WORLD] else args.frames - 1)
-        clips = WORLD_CLIPS[args.seed * n_clips :][:n_clips]
+        clips = world_numbers(args.seed, n_clips)
         items = sum(data.world_shards(clips, resolution, args.frames, args.prompt[0]), [])
         return np.stack([item.read()[1] for item in items]), n_given
     files = []
@@ -69,14 +72,12 @@ def read_prompts(args, checkpoint, n_clips):
             raise ValueError(f"--prompt {path}: no such file or folder")
         images, videos = data.find_media(path)
         files += sorted(images + videos)
-    whole = lambda path: islice(data.read_frames(path, resolution, checkpoint["stride"]), args.frames)
-    frames = [data.crop(frame, resolution) for path in files for frame in whole(path)][: args.frames]
-    if len(files) > 1:
-        n_given = args.prompt_frames or len(frames)
-        frames = frames[:n_given]
-    n_given = min(n_given, len(frames))
-    if n_given >= args.frames:
-        raise ValueError(f"--frames {args.frames}: the prompt has as many frames already; ask for more")
+    # Of several files, each gives as many frames as asked for, or an equal share of what leaves room for one more.
+    share = args.prompt_frames or max((args.frames - 1) // len(files), 1)
+    n_read = args.frames if len(files) == 1 else share
+    read = lambda path: islice(data.read_frames(path, resolution, checkpoint["stride"]), n_read)
+    frames = [data.crop(frame, resolution) for path in files for frame in read(path)]
+    n_given = min(args.prompt_frames or 4, len(frames)) if len(files) == 1 else len(frames)
     return np.repeat(np.stack(frames)[None], n_clips, axis=0), n_given
 
 
@@ -114,6 +115,10 @@ def print_score(rows):
         "psnr_moving_repeat": "repeat", "codes": "codes", "codes_repeat": "repeat",
     }  # fmt: skip
     columns = {key: title for key, title in columns.items() if key in rows[0]}
+    print(
+        "PSNR, and the share of codes that are right, each beside repeating the last given frame. ceiling: what the\n"
+        "tokenizer alone keeps; moving: on the pixels where the moving object is, or was in the last given frame"
+    )
     print("frame" + "".join(f"{title:>10}" for title in columns.values()))
     cell = lambda key, value: f"{value:>10.1%}" if key.startswith("codes") else f"{value:>7.1f} dB"
     for row in rows:
@@ -151,10 +156,19 @@ def parse_arguments():
         description="Continue, animate, prompt or imagine a video.", formatter_class=data.HelpFormatter
     )
     add = parser.add_argument
-    add("--prompt", nargs="+", default=[data.WORLD], help="a video, an image, several of them, or a folder")
-    add("--prompt-frames", type=data.positive, help="how many frames are given (default: 4; of several files all)")
+    add(
+        "--prompt",
+        nargs="+",
+        default=[data.WORLD],
+        help="a video, an image, several of them, a folder, or world-masks (for a model trained on that)",
+    )
+    add(
+        "--prompt-frames",
+        type=data.positive,
+        help="how many frames are given, of each file (default: 4; of several files an equal share)",
+    )
     add("--imagine", action="store_true", help="give nothing: the model makes a whole video")
-    add("--images", action="store_true", help="start as a sequence of images, not as a video")
+    add("--images", action="store_true", help="start as a sequence of images, for a model that has seen some")
     add("--frames", type=data.positive, default=16, help="frames in all, given and made")
     add("--samples", type=data.positive, default=4, help="how many continuations")
     add("--temperature", type=float, default=1.0, help="0 always takes the most probable code")
@@ -165,13 +179,15 @@ def parse_arguments():
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for sample.gif, sample.png and sample.npy")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=data.natural, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.prompt_frames and args.prompt_frames >= args.frames:
         raise ValueError("--prompt-frames must be less than --frames")
     if not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--temperature and --top-k must not be negative, --top-p must lie above 0 and up to 1")
+    if args.imagine and (args.prompt != [data.WORLD] or args.prompt_frames):
+        raise ValueError("--imagine gives nothing: leave out --prompt and --prompt-frames")
     if args.score and args.imagine:
         raise ValueError("--score: what is imagined has no truth to compare with; leave out --imagine")
     return args
@@ -184,12 +200,17 @@ def main():
     model, tokenizer, checkpoint = data.load_model(args.checkpoint, args.tokenizer, device)
     n_samples = args.score or args.samples
     truth, n_given = read_prompts(args, checkpoint, n_samples)
+    if n_given >= args.frames:
+        raise ValueError(f"--frames {args.frames}: the prompt gives {n_given}; ask for more, or less --prompt-frames")
     if args.score and truth.shape[1] < args.frames:
         raise ValueError(f"--score: the prompt has {truth.shape[1]} frames; give --frames as many, or fewer")
     grid = checkpoint["resolution"] // dvae.PIXELS_PER_CODE
     encode = lambda frames: torch.stack([tokenizer.encode(clip) for clip in frames])
     prompt = encode(truth[:, :n_given]) if n_given else torch.zeros(n_samples, 0, grid, grid, dtype=torch.long)
     prompt = prompt.to(device)
+    if n_given:
+        kept = psnr(np.stack([tokenizer.decode(codes).cpu().numpy() for codes in prompt]), truth[:, :n_given])
+        print(f"the tokenizer keeps {kept:.1f} dB of the given frames; below 15 it was trained on other things")
     _, _, h, w = prompt.shape
     n_new = (args.frames - n_given) * h * w
     started = time.perf_counter()
@@ -206,18 +227,21 @@ def main():
     if args.score:
         moving = None
         if args.prompt == [data.WORLD]:
-            clips = WORLD_CLIPS[args.seed * n_samples :][:n_samples]
-            moving = np.stack([data.world_clip(i, args.frames, checkpoint["resolution"]).masks for i in clips])
+            clips = (
+                data.world_clip(i, args.frames, checkpoint["resolution"]) for i in world_numbers(args.seed, n_samples)
+            )
+            moving = np.stack([clip.masks for clip in clips])
         rows = score(codes, encode(truth), truth, n_given, tokenizer, moving)
         print_score(rows)
         data.write_json(
-            {"settings": {k: str(v) for k, v in vars(args).items()}, "frames": rows}, args.out / "score.json"
+            {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "frames": rows},
+            args.out / "score.json",
         )
     rows = []
     for frames, sample in list(zip(truth, codes))[: args.samples]:
         made = ("model", tokenizer.decode(sample).cpu().numpy())
         if 0 < len(frames) < args.frames:  # the truth ends before the continuation does
-            rest = np.zeros((args.frames - len(frames), *frames.shape[1:]), np.uint8)
+            rest = np.full((args.frames - len(frames), *frames.shape[1:]), 255, np.uint8)
             frames = np.concatenate((frames, rest))
         rows.append([("truth", frames), made] if len(frames) else [made])
     with dvae.atomic_open(args.out / "sample.npy") as file:
@@ -226,7 +250,8 @@ def main():
     data.write_strip(args.out / "sample.png", rows, n_given)
     if args.mp4:
         data.write_video(args.out / "sample.mp4", rows, n_given)
-    print(f"wrote {args.out / 'sample.gif'}, sample.png and sample.npy; the first {n_given} frames were given")
+    also = "sample.mp4, " if args.mp4 else ""
+    print(f"wrote {args.out / 'sample.gif'}, {also}sample.png and sample.npy; frames given: {n_given}")
 
 
 if __name__ == "__main__":

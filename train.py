@@ -63,7 +63,7 @@ def parse_arguments():
     )
     add("--resolution", type=data.resolution, help=f"side of the frames in pixels (default: {about('resolution')})")
     add("--frames", type=data.positive, default=16, help="frames in a sequence, at least 2")
-    add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
+    add("--stride", type=data.positive, help="keep every n-th frame of a video (default: 4)")
     add("--steps", type=data.positive, help=f"optimizer steps (default: {about('steps')})")
     add(
         "--batch-tokens",
@@ -80,7 +80,9 @@ def parse_arguments():
         type=Path,
         help="start from the weights of this checkpoint (Table 4: fine-tune at --resolution 256)",
     )
-    add("--rope-base", type=float, help="RoPE's base (default: 10,000, or that of --init-from; Table 4 uses 50,000)")
+    add(
+        "--rope-base", type=data.rate, help="RoPE's base (default: 10,000, or that of --init-from; Table 4 uses 50,000)"
+    )
     add(
         "--evaluate",
         action="store_true",
@@ -103,14 +105,15 @@ def parse_arguments():
         help="print what the run would need on that many GPUs, and leave; with --device cpu, on CPUs",
     )
     add("--benchmark", action="store_true", help="measure a few steps (of random tokens without --data), and leave")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=data.natural, default=0, help="of everything random")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.size not in toto.SIZES:
         raise ValueError(f"--size {args.size}: there is no such size; choose from {', '.join(toto.SIZES)}")
     if args.frames < 2:
         raise ValueError("--frames 1: a sequence needs at least 2 frames")
-    args.resolution_asked = args.resolution
+    args.asked = {"resolution": args.resolution, "stride": args.stride}  # what token folders must agree with
+    args.stride = args.stride or 4
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -145,11 +148,21 @@ def train(args, device, compute_dtype, rank, world_size):
         raise ValueError(f"{checkpoint_path}: no such checkpoint to evaluate")
     is_main = rank == 0
     say = print if is_main else lambda *words: None
+    # A run that goes on keeps its RoPE base; a new one may start from the weights of another (Table 4).
+    goes_on = checkpoint_path.exists() and not args.benchmark
+    start_path = checkpoint_path if goes_on else args.init_from
+    start = toto.load_checkpoint(start_path) if start_path else None
+    advice = "give another --out" if goes_on else "start from another"
+    if start:  # all that can be known before hours of tokenizing
+        there, here = asdict(start["config"]), asdict(model_config(args, start["config"].vocab_size))
+        if not (goes_on and args.rope_base):
+            here["rope_base"] = there["rope_base"]
+        dvae.check_plan(start_path, there, here, advice)
 
     if args.benchmark and not args.data:
         specs, tokenizer, held_out, mixture = [], None, {}, None
         side = args.resolution // dvae.PIXELS_PER_CODE
-        meta = {"grid": [side, side], "vocab_size": 8192, "tokenizer": None}
+        meta = {"grid": [side, side], "vocab_size": usual_codes(args.size), "tokenizer": None}
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
@@ -174,23 +187,16 @@ def train(args, device, compute_dtype, rank, world_size):
 
     torch.manual_seed(args.seed)
     config = model_config(args, toto.FIRST_CODE + meta["vocab_size"])
-    # A run that goes on keeps its RoPE base; a new one may start from the weights of another (Table 4).
-    goes_on = checkpoint_path.exists() and not args.benchmark
-    start_path = checkpoint_path if goes_on else args.init_from
-    start = toto.load_checkpoint(start_path) if start_path else None
     if start and not args.rope_base:
         config = replace(config, rope_base=start["config"].rope_base)
     model = toto.Toto(config, compute_dtype)
-    if start and not goes_on:
-        if replace(start["config"], rope_base=config.rope_base) != config or start["tokenizer"] != meta["tokenizer"]:
-            raise ValueError(f"{start_path}: is of another size or tokenizer than this run")
     # What decides which sequences a step sees: a run that goes on must have the same. The number of processes is free.
     plan = {"tokenizer": meta["tokenizer"], "grid": meta["grid"], "data": specs, "frames": args.frames}
     plan |= {"sequences in a step": n_sequences, "seed": args.seed}
-    if goes_on:
-        there, here = start["plan"] | {"model": start["config"]}, plan | {"model": config}
-        dvae.check_plan(checkpoint_path, there, here, "give another --out")
     if start:
+        keys = plan if goes_on else ["tokenizer"]  # new weights may see other data, at another resolution
+        keys = ["tokenizer", "grid", "frames"] if args.evaluate else keys
+        dvae.check_plan(start_path, start["plan"], {key: plan[key] for key in keys}, advice)
         model.load_state_dict(start["model"])
     trained = distribute(model.to(device), args, device, world_size)
     optimizer = make_optimizer(model, args.lr)
@@ -201,10 +207,11 @@ def train(args, device, compute_dtype, rank, world_size):
     del start
     flops_per_step = model.flops_per_token(tokens_per_sequence) * n_sequences * tokens_per_sequence
     peak_flops = world_size * peak_flops_per_second(device, compute_dtype)
+    steps = f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens"
     say(
         f"{args.size}: {model.count_parameters() / 1e6:.2f} M parameters, {str(compute_dtype)[6:]} on {device.type}; "
-        f"{args.steps:,} steps of {n_sequences} sequences of {args.frames} x {tokens_per_frame} tokens"
-        + (f"; going on at step {first_step:,}" if first_step else "")
+        + (f"trained for {first_step:,} steps" if args.evaluate else steps)
+        + (f"; going on at step {first_step:,}" if first_step and not args.evaluate else "")
     )
 
     def read_batch(step):
@@ -306,12 +313,22 @@ def train(args, device, compute_dtype, rank, world_size):
             results = check(done)
 
     if first_step >= args.steps:
-        say(f"{checkpoint_path} has all {args.steps:,} steps already; give more --steps, or another --out")
+        say(
+            f"{checkpoint_path} has {first_step:,} of {args.steps:,} steps already; give more --steps, or another --out"
+        )
     dvae.stop_listening()
     if is_main:
+        print(f"wrote {checkpoint_path}")
         print_results(results)
+        if not results:
+            print("no clip was held out of so few: there is no validation, and there are no samples")
         if tokenizer is not None:
             write_samples(toto.load(checkpoint_path, device, compute_dtype), tokenizer, held_out, args)
+
+
+def usual_codes(size):
+    """How many codes there are: OpenAI's 8,192, but for `tiny` those of the small tokenizer."""
+    return dvae.SMALL.vocab_size if size == "tiny" else 8192
 
 
 def model_config(args, vocab_size):
@@ -457,7 +474,9 @@ def print_plan(args, device):
     n, tokens_per_frame = args.dry_run, (args.resolution // dvae.PIXELS_PER_CODE) ** 2
     tokens_per_sequence = args.frames * tokens_per_frame
     n_sequences = max(round(args.batch_tokens / tokens_per_sequence), 1)
-    config = model_config(args, toto.SIZES[args.size].vocab_size)
+    if n_sequences % n:
+        raise ValueError(f"--batch-tokens makes {n_sequences} sequences, which {n} processes cannot share evenly")
+    config = model_config(args, toto.FIRST_CODE + usual_codes(args.size))
     with torch.device("meta"):
         model = toto.Toto(config)
     micro_batch = min(args.micro_batch, math.ceil(n_sequences / n))
@@ -478,10 +497,10 @@ def print_plan(args, device):
     for part, size in parts.items():
         print(f"  {part:<28}{size / 2**30:>8.2f} GiB")
     print(f"  {'together, before compiling':<28}{sum(parts.values()) / 2**30:>8.2f} GiB")
-    if n_sequences % n:
-        print(f"{n} processes cannot share {n_sequences} sequences evenly: change --batch-tokens")
     for mfu in (0.3, 0.4, 0.5):
-        print(f"at {mfu:.0%} of {n} x {peak / 1e12:.4g} TFLOP/s ({what}): {flops / (mfu * n * peak) / 86400:,.2f} days")
+        hours = flops / (mfu * n * peak) / 3600
+        time_ = f"{hours / 24:,.2f} days" if hours >= 24 else f"{hours:,.2f} hours"
+        print(f"at {mfu:.0%} of {n} x {peak / 1e12:.4g} TFLOP/s ({what}): {time_}")
 
 
 def keep_tokenizer(tokenizer, path):
@@ -537,10 +556,9 @@ def prepare_sources(args, specs, tokenizer, rank, world_size):
             if world_size > 1:
                 dist.barrier()
         tokens = data.Tokens(folder)
-        if args.resolution_asked not in (None, tokens.meta["resolution"]):
-            raise ValueError(
-                f"{path}: has frames of {tokens.meta['resolution']} pixels, not of {args.resolution_asked}"
-            )
+        for key, asked in args.asked.items():
+            if asked not in (None, tokens.meta[key]):
+                raise ValueError(f"{path}: was made with --{key} {tokens.meta[key]}, not {asked}")
         first = next(iter(sources.values()), tokens)
         for key in ("tokenizer", "grid"):
             if tokens.meta[key] != first.meta[key]:

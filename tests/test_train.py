@@ -207,7 +207,7 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
     assert sorted(tokens.length.tolist()) == [1, 1, 1, 1, 5, 5, 5, 5]
     # Once more: nothing is left to do, and it says so. With other settings it does not go on.
     in_process(monkeypatch, "train.py", *arguments)
-    assert "has all 3 steps already" in capsys.readouterr().out
+    assert "has 3 of 3 steps already" in capsys.readouterr().out
     for change, what in (
         (["--seed", 1], "seed is 0, here it is 1"),
         (["--batch-tokens", 256], "sequences in a step is 2"),
@@ -233,8 +233,12 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
 
 
 def test_a_diverged_run_stops_before_it_saves(tokens, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="nothing of it was saved"):
+    with pytest.raises(ValueError, match=r"step 2: .* its gradient nan; nothing of it was saved"):
         in_process(monkeypatch, *command(tokens, tmp_path, "--steps", "12", "--lr", "1e30"))
+    take_step = train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *inputs: (torch.tensor([math.nan]), take_step(*inputs)[1]))
+    with pytest.raises(ValueError, match=r"step 1: the loss is nan, .*, on sequences of .*tokens; nothing of it was"):
+        in_process(monkeypatch, *command(tokens, tmp_path, "--steps", "12"))
     assert not (tmp_path / "toto.pt").exists()
 
 
@@ -440,7 +444,7 @@ def test_start_from_other_weights(tokens, undisturbed, tmp_path, monkeypatch):
     in_process(monkeypatch, *command(tokens, tmp_path / "base", *start, "--rope-base", "50000", "--steps", "1"))
     assert toto.load(tmp_path / "base" / "toto.pt").config.rope_base == 50_000
     assert losses(tmp_path / "base") != losses(tmp_path / "on")
-    with pytest.raises(ValueError, match="is of another size or tokenizer"):
+    with pytest.raises(ValueError, match="its dim is 128, here it is 256"):
         in_process(monkeypatch, *command(tokens, tmp_path / "other", *start, "--size", "a1"))
 
 
@@ -490,8 +494,12 @@ BAD_INPUT = {
     "train.py --device meta": "--device meta: choose cpu, cuda or mps",
     "train.py --device cuda": "--device cuda: this machine, or this build of PyTorch, has none",
     "train.py --lr -1": "argument --lr: must be above 0",
-    "train.py --data {tokens}/tokens --resolution 64": "has frames of 32 pixels, not of 64",
+    "train.py --data {tokens}/tokens --resolution 64": "was made with --resolution 32, not 64",
     "train.py --out {tmp}/noise.pt": "{tmp}/noise.pt: file exists",
+    "train.py --data {tokens}/tokens --stride 2": "was made with --stride 1, not 2",
+    "train.py --seed -1": "argument --seed: must not be negative",
+    "train.py --rope-base -5": "argument --rope-base: must be above 0",
+    "train.py --size base --dry-run 3": "--batch-tokens makes 256 sequences, which 3 processes cannot share evenly",
     "train.py --resolution 60": "argument --resolution: must be a multiple of 8",
     "train.py --frames 1": "--frames 1: a sequence needs at least 2 frames",
     "train.py --steps 0": "argument --steps: must be at least 1",
@@ -500,6 +508,10 @@ BAD_INPUT = {
     "data.py {tmp} --out {tokens} --tokenizer {tokens}/dvae.pt": "which is none of a token folder's files",
     "data.py {tmp} --out {tmp}/t --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
     "probe.py --checkpoint {tmp}/none.pt": "{tmp}/none.pt: no such file; train.py makes one",
+    "probe.py --data {tmp}/none " + TRAINED: "{tmp}/none: no such folder",
+    "sample.py --checkpoint {done}/toto.pt --tokenizer {tmp}/none.pt": "give the model's tokenizer with --tokenizer",
+    "sample.py --frames 4 " + TRAINED: "--frames 4: the prompt gives 4; ask for more",
+    "sample.py --imagine --prompt {tmp}/noise.mp4": "--imagine gives nothing: leave out --prompt",
     "probe.py --checkpoint {tmp}/noise.pt --tokenizer {tokens}/dvae.pt": "{tmp}/noise.pt is not a checkpoint",
     "probe.py --checkpoint {done}/toto.pt --tokenizer {tmp}/other.pt": "is not the tokenizer that",
     "probe.py --layer 99 " + TRAINED: "--layer 99: this model has layers 0 (the embedding) to 6",
