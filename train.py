@@ -744,6 +744,10 @@ def print_results(results):
             f"  next-token accuracy after the first frame {r['accuracy']:.3f}; repeating the previous frame gives "
             f"{r['repeat_accuracy']:.3f}"
         )
+        if "loss_by_token" in r:
+            print("  by frame " + " ".join(f"{loss:.3f}" for loss in r["loss_by_frame"]))
+            tokens = np.reshape(r["loss_by_token"], (len(r["loss_by_frame"]), -1)).mean(axis=0)
+            print("  by place in a frame, raster order " + " ".join(f"{loss:.2f}" for loss in tokens))
 
 
 def write_samples(model, tokenizer, held_out, args, n_samples=4):

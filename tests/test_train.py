@@ -430,7 +430,9 @@ def test_evaluate_a_checkpoint(tokens, undisturbed, tmp_path, monkeypatch, capsy
     before = (tmp_path / "out" / "log.jsonl").read_bytes()
     in_process(monkeypatch, *command(tokens, tmp_path / "out", "--evaluate"))
     (result,) = json.loads((tmp_path / "out" / "validation.json").read_text()).values()
-    assert len(result["loss_by_token"]) == 64 and f"loss {result['loss']:.3f}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert len(result["loss_by_token"]) == 64 and f"loss {result['loss']:.3f}" in output
+    assert "  by frame " + " ".join(f"{loss:.3f}" for loss in result["loss_by_frame"]) in output
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="no such checkpoint to evaluate"):
         in_process(monkeypatch, *command(tokens, tmp_path / "none", "--evaluate"))
