@@ -359,6 +359,14 @@ def test_mup_coordinates(mup_width, low, high):
         assert low < slope < high
 
 
+def test_mup_from_the_command_line(tokens, tmp_path, monkeypatch):
+    """The checkpoint remembers it; a run that goes on without it is refused, in one line that says so."""
+    in_process(monkeypatch, *command(tokens, tmp_path, "--mup", "64", "--steps", "1"))
+    assert toto.load(tmp_path / "toto.pt").config.mup_width == 64
+    with pytest.raises(ValueError, match="its mup_width is 64, here it is 0; give another --out"):
+        in_process(monkeypatch, *command(tokens, tmp_path, "--steps", "2"))
+
+
 def test_mup_changes_nothing_at_its_base_width():
     ids = torch.randint(4, 36, (2, 20))
     results = []
@@ -500,6 +508,7 @@ BAD_INPUT = {
     "train.py --data {tokens}/tokens --resolution 64": "was made with --resolution 32, not 64",
     "train.py --out {tmp}/noise.pt": "{tmp}/noise.pt: file exists",
     "train.py --data {tokens}/tokens --stride 2": "was made with --stride 1, not 2",
+    "train.py --shard": "--shard splits a model over processes; start several with torchrun",
     "train.py --seed -1": "argument --seed: must not be negative",
     "train.py --rope-base -5": "argument --rope-base: must be above 0",
     "train.py --size base --dry-run 3": "--batch-tokens makes 256 sequences, which 3 processes cannot share evenly",
