@@ -138,9 +138,9 @@ def memory_rate(device):
     return 2 * 4 * 2**26 / min(seconds)
 
 
-def report_speed(model, n_samples, n_ids, n_tokens, seconds, device):
+def report_speed(model, decoder, n_samples, n_ids, n_tokens, seconds, device):
     """Tokens/s beside the floor: all weights, and the cache as far as it is filled, read once a step."""
-    c, itemsize = model.config, toto.Decoder.dtype_for(model).itemsize
+    c, itemsize = model.config, decoder.dtype.itemsize
     weights = model.count_parameters() * itemsize
     cache = 2 * n_samples * c.n_layers * c.dim * itemsize * n_ids / 2
     rate = memory_rate(device)
@@ -175,6 +175,7 @@ def parse_arguments():
     add("--top-k", type=int, default=0, help="draw among the k most probable codes only; 0 for all")
     add("--top-p", type=float, default=0.95, help="draw among the fewest codes that have this probability together")
     add("--score", type=data.positive, metavar="N", help="compare N continuations with the truth, frame by frame")
+    add("--compile", action="store_true", help="fuse the step of one token: worth its seconds of starting for long work")
     add("--mp4", action="store_true", help="write sample.mp4 as well")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
@@ -213,16 +214,17 @@ def main():
         print(f"the tokenizer keeps {kept:.1f} dB of the given frames; below 15 it was trained on other things")
     _, _, h, w = prompt.shape
     n_new = (args.frames - n_given) * h * w
+    n_ids = min(args.frames, checkpoint["frames"]) * h * w
+    decoder = toto.Decoder(model, n_samples, 1 + n_ids, args.compile)
     started = time.perf_counter()
     with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
         codes = continue_video(
             model, prompt, args.frames, checkpoint["frames"], toto.IMAGE_START if args.images else toto.VIDEO_START,
             progress=bar.update, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            generator=torch.Generator(device).manual_seed(args.seed),
+            generator=torch.Generator(device).manual_seed(args.seed), decoder=decoder,
         )  # fmt: skip
     codes[-1].max().item()  # waits for the device
-    n_ids = min(args.frames, checkpoint["frames"]) * h * w
-    report_speed(model, n_samples, n_ids, n_new, time.perf_counter() - started, device)
+    report_speed(model, decoder, n_samples, n_ids, n_new, time.perf_counter() - started, device)
 
     if args.score:
         moving = None

@@ -1,5 +1,6 @@
 """toto.py against independent references: explicit formulas, torch's own modules, Hugging Face's Llama."""
 
+import shutil
 import sys
 from dataclasses import asdict, replace
 
@@ -183,6 +184,21 @@ def test_cached_logits_equal_uncached(model, batch_size, prompt, mup_width):
     with torch.no_grad():
         cached = [decoder(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
         torch.testing.assert_close(torch.stack(cached, dim=1), model(ids)[:, prompt - 1 :], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compiled_step(model, batch_size):
+    """It reads the whole cache behind a mask: also what an earlier, longer sequence has left there must not count."""
+    decoder = toto.Decoder(model, batch_size, 21, compile=True)
+    for n_ids in (20, 12):
+        ids, decoder.length = random_ids(batch_size, n_ids), 0
+        with torch.no_grad():
+            cached = [decoder(new) for new in [ids[:, :8], *ids[:, 8:].split(1, dim=1)]]
+            torch.testing.assert_close(torch.stack(cached, dim=1), model(ids)[:, 7:], atol=1e-4, rtol=1e-4)
+    ids = random_ids(batch_size, 5)
+    again = model.generate(ids, 12, temperature=0, decoder=decoder)
+    assert torch.equal(again, model.generate(ids, 12, temperature=0))
 
 
 def test_greedy_generation_is_the_argmax_of_the_uncached_model(model):
