@@ -49,7 +49,7 @@ HELD_OUT = 0.05  # share of the clips kept for validation
 # Its names as a source, and how many clips one trains on: moving shapes, and pairs of a frame and its mask (A.8).
 WORLD, WORLD_MASKS, WORLD_CLIPS = "world", "world-masks", 1600
 SHAPES = ("circle", "square", "triangle", "cross")
-MOTIONS = ("horizontal", "vertical", "diagonal", "clockwise", "counter-clockwise", "pulsing")
+MOTIONS = ("horizontal", "vertical", "clockwise", "counter-clockwise", "pulsing")
 COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40))
 GROUNDS = ((60, 60, 70), (120, 150, 120))
 
@@ -69,7 +69,8 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
     Of two objects one moves and one rests, in front or behind. What the moving one is can seldom be told from one
     frame, or from a sum over the clip, since the resting one is just such a shape: one must see which of them moves.
     The frame is a board of 6 x 6 cells, one code each at the default resolution. An object covers 2 x 2 of them and
-    steps from cell to cell over a plain ground: the least that minutes of training on a laptop can learn to continue.
+    steps from cell to cell over a plain ground, and its last two frames say where the next step goes: the least that
+    minutes of training on a laptop can learn to continue.
     """
     rng = np.random.default_rng([seed, index])
     t = np.arange(n_frames)
@@ -81,16 +82,16 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
     # Corners between cells, 1 to 5, where the centres lie, and the radius in cells, over time; y points down.
     x, y, resting_x, resting_y = rng.integers(1, 6, (4, 1)) + 0 * t
     radius = np.full(n_frames, 1.0)
-    if motion in ("horizontal", "diagonal"):
+    if motion == "horizontal":
         x = bounce(x, rng.choice((-1, 1)), 1, 5)
-    if motion in ("vertical", "diagonal"):
+    if motion == "vertical":
         y = bounce(y, rng.choice((-1, 1)), 1, 5)
-    if motion in ("clockwise", "counter-clockwise"):  # along the edges of a square
-        side = rng.integers(1, 4)
-        left, top = rng.integers(1, 6 - side, 2)
+    if motion in ("clockwise", "counter-clockwise"):  # along one of two squares, so that the place tells where to turn
+        margin = rng.integers(1, 3)
+        side = 6 - 2 * margin
         along = (rng.integers(4 * side) + (t if motion == "clockwise" else -t)) % (4 * side)
         edge = lambda start: np.clip(along - start * side, 0, side)
-        x, y = left + edge(0) - edge(2), top + edge(1) - edge(3)
+        x, y = margin + edge(0) - edge(2), margin + edge(1) - edge(3)
     if motion == "pulsing":
         radius = np.array((1, 0.6))[(rng.integers(2) + t) % 2]
 

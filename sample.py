@@ -175,7 +175,7 @@ def parse_arguments():
     add("--top-k", type=int, default=0, help="draw among the k most probable codes only; 0 for all")
     add("--top-p", type=float, default=0.95, help="draw among the fewest codes that have this probability together")
     add("--score", type=data.positive, metavar="N", help="compare N continuations with the truth, frame by frame")
-    add("--compile", action="store_true", help="fuse the step of one token: worth its seconds of starting for long work")
+    add("--compile", action="store_true", help="fuse the step of a token, which takes some seconds before the first")
     add("--mp4", action="store_true", help="write sample.mp4 as well")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")

@@ -310,14 +310,12 @@ class Toto(nn.Module):
         raise ValueError(f"layer {max(layers)} does not exist: this model has layers 0 to {self.config.n_layers}")
 
     @torch.no_grad()
-    def generate(
-        self, ids, n_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, progress=None, decoder=None
-    ):
+    def generate(self, ids, n_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, progress=None, decoder=None):
         """Continue ids (B, T) by n_tokens codes (A.8) -> (B, T + n_tokens).
 
         Only codes are drawn, never a start, end or padding id. temperature 0 takes the most probable code, top_k > 0
         keeps the k most probable, top_p < 1 the fewest that together have that probability. `progress`, if given, is
-        called after each token. `decoder`: a Decoder of this model for B sequences of T + n_tokens or more, to use again.
+        called after each token. `decoder`: one for B sequences of T + n_tokens or more, to use again.
         """
         B, T = ids.shape
         out = torch.cat((ids, ids.new_zeros(B, n_tokens)), dim=1)

@@ -424,7 +424,6 @@ def test_world_labels_masks_and_positions_are_true():
         moves = {
             "horizontal": (dx != 0).any() and not dy.any(),
             "vertical": (dy != 0).any() and not dx.any(),
-            "diagonal": (abs(dx) == abs(dy)).all() and dx.any(),
             "clockwise": turning > 0 and (abs(dx) + abs(dy) == 8).all(),
             "counter-clockwise": turning < 0 and (abs(dx) + abs(dy) == 8).all(),
             "pulsing": not dx.any() and not dy.any(),
