@@ -69,8 +69,8 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
     Of two objects one moves and one rests, in front or behind. What the moving one is can seldom be told from one
     frame, or from a sum over the clip, since the resting one is just such a shape: one must see which of them moves.
     The frame is a board of 6 x 6 cells, one code each at the default resolution. An object covers 2 x 2 of them and
-    steps from cell to cell over a plain ground, and its last two frames say where the next step goes: the least that
-    minutes of training on a laptop can learn to continue.
+    steps from cell to cell over a plain ground, and where it was in the last four frames says where it goes next: the
+    least that minutes of training on a laptop can learn to continue.
     """
     rng = np.random.default_rng([seed, index])
     t = np.arange(n_frames)
@@ -82,11 +82,10 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
     # Corners between cells, 1 to 5, where the centres lie, and the radius in cells, over time; y points down.
     x, y, resting_x, resting_y = rng.integers(1, 6, (4, 1)) + 0 * t
     radius = np.full(n_frames, 1.0)
-    if motion == "horizontal":
-        x = bounce(x, rng.choice((-1, 1)), 1, 5)
-    if motion == "vertical":
-        y = bounce(y, rng.choice((-1, 1)), 1, 5)
-    if motion in ("clockwise", "counter-clockwise"):  # along one of two squares, so that the place tells where to turn
+    if motion in ("horizontal", "vertical"):  # to and fro on an inner line
+        along, line = bounce(x, rng.choice((-1, 1)), 1, 5), rng.integers(2, 5) + 0 * t
+        x, y = (along, line) if motion == "horizontal" else (line, along)
+    if motion in ("clockwise", "counter-clockwise"):  # round the board, on its outer lines or the next ones
         margin = rng.integers(1, 3)
         side = 6 - 2 * margin
         along = (rng.integers(4 * side) + (t if motion == "clockwise" else -t)) % (4 * side)
@@ -706,9 +705,12 @@ def run(main):
     except torch.OutOfMemoryError:
         print("error: out of memory; try a smaller --micro-batch, --batch or --samples", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, RuntimeError) as error:
+        from_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not from_compiler:
             raise
+        if from_compiler:
+            error = "torch.compile failed, for which a C++ compiler such as g++ is needed; leave out --compile"
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror.lower()}"
         print(f"error: {error}", file=sys.stderr)

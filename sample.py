@@ -139,10 +139,10 @@ def memory_rate(device):
 
 
 def report_speed(model, decoder, n_samples, n_ids, n_tokens, seconds, device):
-    """Tokens/s beside the floor: all weights, and the cache as far as it is filled, read once a step."""
+    """Tokens/s beside the floor: all weights and the cache, which fills up, unless compiled, read once a step."""
     c, itemsize = model.config, decoder.dtype.itemsize
     weights = model.count_parameters() * itemsize
-    cache = 2 * n_samples * c.n_layers * c.dim * itemsize * n_ids / 2
+    cache = 2 * n_samples * c.n_layers * c.dim * itemsize * (n_ids if decoder.compiled_step else n_ids / 2)
     rate = memory_rate(device)
     print(
         f"{n_samples} samples at a time: {n_samples * n_tokens / seconds:,.0f} tokens/s; a step takes "
@@ -175,7 +175,7 @@ def parse_arguments():
     add("--top-k", type=int, default=0, help="draw among the k most probable codes only; 0 for all")
     add("--top-p", type=float, default=0.95, help="draw among the fewest codes that have this probability together")
     add("--score", type=data.positive, metavar="N", help="compare N continuations with the truth, frame by frame")
-    add("--compile", action="store_true", help="fuse the step of a token, which takes some seconds before the first")
+    add("--compile", action="store_true", help="torch.compile first, some seconds: pays for many or long samples")
     add("--mp4", action="store_true", help="write sample.mp4 as well")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")

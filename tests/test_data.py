@@ -442,6 +442,16 @@ def test_world_labels_masks_and_positions_are_true():
     assert seen == set(data.MOTIONS) and n_hidden and n_partly  # the resting object hides it at times
 
 
+def test_four_frames_of_the_world_decide_the_next():
+    following = {}
+    for index in range(500):
+        clip = data.world_clip(index, 20, 12)  # 2 pixels a cell
+        states = [(*position, clip.labels["motion"] == "pulsing") for position in clip.positions.tolist()]
+        for t in range(4, 20):
+            following.setdefault(tuple(states[t - 4 : t]), set()).add(states[t])
+    assert len(following) > 60 and all(len(choices) == 1 for choices in following.values())
+
+
 def test_gif_and_strip_can_be_read_back(tmp_path):
     frames = data.world_clip(0, 5).frames
     rows = [[("truth", frames), ("model", frames)], [("truth", frames), ("model", frames)]]

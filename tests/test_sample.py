@@ -1,6 +1,7 @@
 """sample.py: continuation within the window and beyond it, and the pictures."""
 
 import json
+import shutil
 import sys
 
 import imageio.v3 as iio
@@ -13,6 +14,9 @@ import data
 import dvae
 import sample
 import toto
+from conftest import ENVIRONMENT, run
+
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 
 
 @pytest.fixture
@@ -34,10 +38,12 @@ def greedy_frame(model, kept):
     return (ids[:, -h * w :] - toto.FIRST_CODE).view(B, 1, h, w)
 
 
-def test_every_frame_is_what_the_model_gives_after_the_kept_ones(model):
+@pytest.mark.parametrize("how", ["a decoder each time", "one decoder", pytest.param("compiled", marks=COMPILER)])
+def test_every_frame_is_what_the_model_gives_after_the_kept_ones(model, how):
     """Within the window of 4 frames after all before it; beyond, after [start] and the last 3, run afresh."""
     prompt = torch.randint(0, 32, (3, 2, 2, 3))
-    codes = sample.continue_video(model, prompt, n_frames=9, window=4, temperature=0)
+    decoder = None if how == "a decoder each time" else toto.Decoder(model, 3, 1 + 4 * 6, compile=how == "compiled")
+    codes = sample.continue_video(model, prompt, n_frames=9, window=4, temperature=0, decoder=decoder)
     assert codes.shape == (3, 9, 2, 3) and torch.equal(codes[:, :2], prompt)
     with torch.no_grad():
         for f in range(2, 9):
@@ -96,6 +102,23 @@ def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
     assert (tmp_path / "out" / "sample.gif").read_bytes() == first and np.array_equal(again, codes)
     other = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 2)
     assert not np.array_equal(other[:, n_given:], codes[:, n_given:])
+
+
+@COMPILER
+def test_compiled_samples_are_the_same(model, untrained_tokenizer, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, model, untrained_tokenizer)
+    greedy = "--imagine", "--temperature", 0, "--samples", 1  # one alone is drawn in float32 in either case
+    plain = run_sample(monkeypatch, tmp_path, *greedy)
+    assert np.array_equal(run_sample(monkeypatch, tmp_path, *greedy, "--compile"), plain)
+
+
+def test_without_a_compiler(model, untrained_tokenizer, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, model, untrained_tokenizer)
+    monkeypatch.setitem(ENVIRONMENT, "CXX", "/nonexistent")
+    monkeypatch.setitem(ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    command = ["sample.py", "--checkpoint", str(tmp_path / "toto.pt"), "--out", str(tmp_path), "--device", "cpu"]
+    printed = run([*command, "--compile"], status=2).stderr
+    assert printed.splitlines()[-1].startswith("error: torch.compile failed") and "Traceback" not in printed
 
 
 def test_images_start_with_their_token(model, untrained_tokenizer, tmp_path, monkeypatch):

@@ -187,18 +187,40 @@ def test_cached_logits_equal_uncached(model, batch_size, prompt, mup_width):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("dtype, mup_width", [(torch.float32, 0), (torch.float32, 16), (torch.bfloat16, 0)])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_compiled_step(model, batch_size):
+def test_compiled_step(model, batch_size, dtype, mup_width):
     """It reads the whole cache behind a mask: also what an earlier, longer sequence has left there must not count."""
-    decoder = toto.Decoder(model, batch_size, 21, compile=True)
-    for n_ids in (20, 12):
-        ids, decoder.length = random_ids(batch_size, n_ids), 0
-        with torch.no_grad():
-            cached = [decoder(new) for new in [ids[:, :8], *ids[:, 8:].split(1, dim=1)]]
-            torch.testing.assert_close(torch.stack(cached, dim=1), model(ids)[:, 7:], atol=1e-4, rtol=1e-4)
-    ids = random_ids(batch_size, 5)
-    again = model.generate(ids, 12, temperature=0, decoder=decoder)
-    assert torch.equal(again, model.generate(ids, 12, temperature=0))
+    check_compiled_step(model, batch_size, dtype, mup_width, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph: needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_step(model, dtype):
+    check_compiled_step(model, 3, dtype, 0, "cuda")
+
+
+def check_compiled_step(model, batch_size, dtype, mup_width, device):
+    checkpoint = {"model": model.state_dict(), "config": replace(SMALL, mup_width=mup_width)}
+    model, tested = (toto.from_checkpoint(checkpoint, device, each) for each in (torch.float32, dtype))
+    decoder = toto.Decoder(tested, batch_size, 21, compile=True)
+    for n_ids, prompt in ((20, 8), (12, 1)):
+        ids, decoder.length = random_ids(batch_size, n_ids).to(device), 0
+        with torch.inference_mode():
+            cached = [decoder(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
+            got, expected = torch.stack(cached, dim=1), model(ids)[:, prompt - 1 :]
+        assert (got - expected).norm() / expected.norm() < (1e-5 if decoder.dtype == torch.float32 else 0.05)
+    ids = random_ids(batch_size, 5).to(device)
+    out = tested.generate(ids, 12, temperature=0, decoder=decoder)
+    assert torch.equal(out, tested.generate(ids, 12, temperature=0, decoder=decoder)) and torch.equal(out[:, :5], ids)
+
+
+def test_a_decoder_of_another_size_is_refused(model):
+    decoder = toto.Decoder(model, 2, 10)
+    assert model.generate(random_ids(2, 4), 6, decoder=decoder).shape == (2, 10)
+    for batch_size, n_ids in ((2, 5), (3, 4)):
+        with pytest.raises(ValueError, match="2 sequences of up to 10 ids, not"):
+            model.generate(random_ids(batch_size, n_ids), 6, decoder=decoder)
 
 
 def test_greedy_generation_is_the_argmax_of_the_uncached_model(model):
