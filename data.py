@@ -702,15 +702,15 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        print("error: out of memory; try a smaller --micro-batch, --batch or --samples", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: out of memory; try a smaller --micro-batch, --batch, --samples or --frames", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, RuntimeError) as error:
         from_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not from_compiler:
             raise
         if from_compiler:
-            error = "torch.compile failed, for which a C++ compiler such as g++ is needed; leave out --compile"
+            error = "torch.compile failed, for which a C++ compiler is needed ($CXX, or g++); leave out --compile"
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror.lower()}"
         print(f"error: {error}", file=sys.stderr)

@@ -145,9 +145,9 @@ def report_speed(model, decoder, n_samples, n_ids, n_tokens, seconds, device):
     cache = 2 * n_samples * c.n_layers * c.dim * itemsize * (n_ids if decoder.compiled_step else n_ids / 2)
     rate = memory_rate(device)
     print(
-        f"{n_samples} samples at a time: {n_samples * n_tokens / seconds:,.0f} tokens/s; a step takes "
-        f"{1e6 * seconds / n_tokens:,.0f} µs, and to read its {(weights + cache) / 1e6:,.1f} MB at "
-        f"{rate / 1e9:,.0f} GB/s takes {1e6 * (weights + cache) / rate:,.0f} µs"
+        f"{n_samples * n_tokens / seconds:,.0f} tokens/s, {n_samples} samples at a time: drawing a token of each takes "
+        f"{1e6 * seconds / n_tokens:,.0f} µs, and only to read weights and cache, {(weights + cache) / 1e6:,.1f} MB at "
+        f"{rate / 1e9:,.0f} GB/s, {1e6 * (weights + cache) / rate:,.0f} µs"
     )
 
 
@@ -165,17 +165,17 @@ def parse_arguments():
     add(
         "--prompt-frames",
         type=data.positive,
-        help="how many frames are given, of each file (default: 4; of several files an equal share)",
+        help="how many frames are given, of each file (default: 4; of several files an equal share of --frames)",
     )
     add("--imagine", action="store_true", help="give nothing: the model makes a whole video")
     add("--images", action="store_true", help="start as a sequence of images, for a model that has seen some")
     add("--frames", type=data.positive, default=16, help="frames in all, given and made")
-    add("--samples", type=data.positive, default=4, help="how many continuations")
+    add("--samples", type=data.positive, default=4, help="how many continuations (with --score: in the pictures)")
     add("--temperature", type=float, default=1.0, help="0 always takes the most probable code")
     add("--top-k", type=int, default=0, help="draw among the k most probable codes only; 0 for all")
     add("--top-p", type=float, default=0.95, help="draw among the fewest codes that have this probability together")
-    add("--score", type=data.positive, metavar="N", help="compare N continuations with the truth, frame by frame")
-    add("--compile", action="store_true", help="torch.compile first, some seconds: pays for many or long samples")
+    add("--score", type=data.positive, metavar="N", help="compare N continuations with the truth; also into score.json")
+    add("--compile", action="store_true", help="torch.compile first, 5 to 20 s: pays for tens of thousands of tokens")
     add("--mp4", action="store_true", help="write sample.mp4 as well")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
@@ -211,7 +211,8 @@ def main():
     prompt = prompt.to(device)
     if n_given:
         kept = psnr(np.stack([tokenizer.decode(codes).cpu().numpy() for codes in prompt]), truth[:, :n_given])
-        print(f"the tokenizer keeps {kept:.1f} dB of the given frames; below 15 it was trained on other things")
+        warning = ": little; it was trained on other things" if kept < 18 else ""
+        print(f"the tokenizer keeps {kept:.1f} dB of the given frames{warning}")
     _, _, h, w = prompt.shape
     n_new = (args.frames - n_given) * h * w
     n_ids = min(args.frames, checkpoint["frames"]) * h * w
@@ -239,6 +240,7 @@ def main():
             {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "frames": rows},
             args.out / "score.json",
         )
+        print(f"wrote {args.out / 'score.json'}")
     rows = []
     for frames, sample in list(zip(truth, codes))[: args.samples]:
         made = ("model", tokenizer.decode(sample).cpu().numpy())

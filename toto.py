@@ -344,9 +344,10 @@ class Decoder:
     and cache writes in as few calls as can be, `tiny` draws about twice as many tokens a second on a CPU. Its products
     are in float32 there, below 20 M parameters: bfloat16 costs more per call than it saves.
 
-    compile=True makes the step one compiled graph, on CUDA recorded and replayed, before it returns: 5 seconds for
-    `tiny` on a CPU, where the graph is 1.6 times as fast. Its shapes must not change, so it reads the whole cache and
-    hides what is not there yet. Fused, bfloat16 pays for small models too, unless they draw one sequence alone.
+    compile=True makes the step one compiled graph, on CUDA recorded and replayed, before it returns. For `tiny` on a
+    CPU that takes 5 to 20 seconds, and the graph is 1.2 to 1.6 times as fast. Its shapes must not change, so it reads
+    the whole cache and hides what is not there yet. Fused, bfloat16 pays for small models too, unless they draw one
+    sequence alone.
 
     The weights are those of the time when the Decoder is made.
     """

@@ -143,7 +143,7 @@ def test_openai_recipe():
     assert r.laplace and not r.warm_start
     frames = np.concatenate([data.world_clip(i, 4, 16).frames for i in range(50)])
     run = lambda recipe: dvae.train(lambda i: frames, NARROW, recipe)
-    short = replace(dvae.LAPTOP, steps=150, laplace=True, ema=0.9)
+    short = replace(dvae.LAPTOP, steps=300, laplace=True, ema=0.9)
     after, last = (dvae.measure(run(recipe), frames)["psnr"] for recipe in (short, replace(short, ema=0)))
     # A mean that never moves from the first weights shows that it is the mean that is kept.
     before = dvae.measure(run(replace(short, ema=1 - 1e-9)), frames)["psnr"]
