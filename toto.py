@@ -345,7 +345,7 @@ class Decoder:
     are in float32 there, below 20 M parameters: bfloat16 costs more per call than it saves.
 
     compile=True makes the step one compiled graph, on CUDA recorded and replayed, before it returns. For `tiny` on a
-    CPU that takes 5 to 20 seconds, and the graph is 1.2 to 1.6 times as fast. Its shapes must not change, so it reads
+    CPU that takes 5 to 13 seconds, and the graph is 1.2 to 1.6 times as fast. Its shapes must not change, so it reads
     the whole cache and hides what is not there yet. Fused, bfloat16 pays for small models too, unless they draw one
     sequence alone.
 
@@ -411,7 +411,7 @@ class Decoder:
             rotated = torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, dims=-1), sin).permute(2, 0, 3, 1, 4)
             kv.index_copy_(3, positions, rotated[1:])  # (2, B, H, T, D/H)
             k, v = kv[:, :, :, :n_seen]
-            if n_seen is None:  # fused, 2 to 3 times as fast as scaled_dot_product_attention with a mask
+            if n_seen is None:  # fused, 1.2 (B = 1) to 3.7 times (8) as fast as SDPA with a mask
                 weights = (rotated[0] @ k.mT * scale).masked_fill(self.positions > positions, -math.inf)
                 pooled = weights.softmax(dim=-1) @ v
             else:  # the prompt sees its past only; a single new token may look at everything before it

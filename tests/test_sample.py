@@ -152,6 +152,7 @@ def test_score_by_hand():
     assert rows[0]["psnr_tokenizer"] == pytest.approx(decibel(2), abs=1e-4)
     assert rows[0]["psnr_moving"] == pytest.approx(decibel(12, 2), abs=1e-4)
     assert rows[1]["psnr_moving"] == pytest.approx(decibel(38), abs=1e-4)
+    assert rows[0]["psnr_moving_wiped"] == pytest.approx(decibel(10, 52 - 27), abs=1e-4)  # the median is 27
 
 
 def test_score_of_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, capsys):
