@@ -7,36 +7,34 @@ parameter names. At full size (`Config()`) a 128-pixel frame becomes 16 x 16 cod
     python dvae.py --data MEDIA...        the same on your own images and videos
     torchrun --nproc_per_node=8 dvae.py --size full --data MEDIA...      one of OpenAI's size, in OpenAI's way
     python dvae.py --reconstruct FILE...  pictures of what a trained tokenizer keeps of your images and videos
-    python dvae.py --convert FOLDER       OpenAI's own encoder.pkl and decoder.pkl as one file that is safe to load
+    python dvae.py --reconstruct FILE... --out FOLDER    the same with OpenAI's encoder.pkl and decoder.pkl in FOLDER
 
 Writes out/dvae.pt (weights and config), out/dvae.png (what it keeps of unseen frames) and, until it is done,
-out/dvae.pt.training, from which a stopped training goes on. Other programs use `load`, then `encode` and `decode`.
+out/dvae.pt.training (and -warm-start), from which a stopped training resumes. Other programs use `load`, then `encode`
+and `decode`.
+
+From top to bottom: the architecture, reading and writing files, the two phases of training, the program.
 Shape letters: N frames, H and W pixels, h = H/8 and w = W/8 codes, V vocabulary.
 """
 
-import argparse
 import hashlib
 import math
-import os
-import pickle
-import signal
+import re
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
-PIXELS_PER_CODE = 8  # three 2x2 poolings
+import data
+import toto
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,16 @@ SMALL = Config(n_hid=16, blocks_per_group=1, n_init=64, vocab_size=512, residual
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a tokenizer is trained. Schedules are given as shares of all steps, so that --steps stretches them alike."""
+    """How a tokenizer is trained. Schedules are given as shares of all steps, so that --steps stretches them all."""
 
     steps: int
     batch: int  # frames in a step, over all processes
     lr: float  # peak of AdamW's rate, after 50 steps of warm-up; a cosine takes it down to lr_end
     lr_end: float
     betas: tuple
-    warm_start: float  # share of the steps as a plain autoencoder, before there are codes; 0 is from random weights
+    warm_start: float  # share of the steps as an autoencoder without codes; 0 begins with codes, from random weights
     anneal: float  # share after which the relaxation's temperature has come down from 1 to 1/16, on a cosine
-    kl: float  # weight of the KL term when all else is a mean over pixels and colours, reached on a cosine
+    kl: float  # weight of the KL term beside a likelihood that is a mean over pixels and colours, reached on a cosine
     kl_warmup: float  # after this share of the steps
     laplace: bool  # the likelihood of a logit-Laplace, or else absolute plus three times squared error
     ema: float  # decay of the running mean of the weights that is kept in the end; 0 keeps the last weights
@@ -81,7 +79,7 @@ LAPTOP = Recipe(
     steps=1800, batch=8, lr=2e-3, lr_end=4e-5, betas=(0.9, 0.99), warm_start=0.3,
     anneal=0.75, kl=0, kl_warmup=0, laplace=False, ema=0, clip=1,
 )  # fmt: skip
-SIZES, RECIPES = {"small": SMALL, "full": Config()}, {"laptop": LAPTOP, "openai": OPENAI}
+SIZES = {"small": (SMALL, LAPTOP), "full": (Config(), OPENAI)}
 POOL = 8192  # frames in memory that batches are drawn from, in each process
 
 
@@ -132,6 +130,7 @@ def group(config, n_in, n_out, kernels, resample=None):
     return nn.Sequential(layers)
 
 
+# The two tables below are the architecture. The names in them are those of the published weights.
 class Encoder(nn.Module):
     """§3.4: pixels (N, 3, H, W) -> float32 logits over the codes (N, V, h, w)."""
 
@@ -182,11 +181,23 @@ class Decoder(nn.Module):
         return self.blocks[1:](x)
 
 
+def gumbel_softmax(logits, temperature, generator=None):
+    """The relaxation of §3.4's dVAE: logits (N, V, h, w) -> nearly one-hot codes (N, V, h, w) that pass gradients.
+
+    With Gumbel noise the argmax over logits is an exact draw from the softmax (Jang et al., 2017; Maddison et al.,
+    2017). A softmax at a temperature stands in for the argmax, which has no gradient; towards 0 the two are the same.
+    """
+    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+    return F.softmax((logits + gumbel) / temperature, dim=1)
+
+
 class DVAE(nn.Module):
     """The tokenizer of §3.4: `encode` turns frames into codes, `decode` codes into frames.
 
     `compute_dtype` is the dtype of the activations; parameters and logits stay in float32.
     """
+
+    pixels_per_code = 8  # three 2x2 poolings
 
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
@@ -199,12 +210,18 @@ class DVAE(nn.Module):
         # (N, H, W, 3) in memory, seen as (N, 3, H, W), is already the channels_last layout that convolutions like.
         return 0.1 + 0.8 / 255 * frames.permute(0, 3, 1, 2).to(self.compute_dtype)
 
+    def forward(self, frames, temperature, generator=None):
+        """In training: uint8 frames (N, H, W, 3) -> the decoder's output (N, 6, H, W) and logits (N, V, h, w)."""
+        logits = self.encoder(self.prepare(frames))
+        codes = gumbel_softmax(logits, temperature, generator).to(self.compute_dtype)
+        return self.decoder(self.decoder.blocks.input(codes)), logits
+
     @torch.no_grad()
     def encode(self, frames):
         """uint8 frames (N, H, W, 3), numpy or torch, H and W multiples of 8 -> codes int64 (N, h, w)."""
         _, H, W, _ = frames.shape
-        if H % PIXELS_PER_CODE or W % PIXELS_PER_CODE:
-            raise ValueError(f"frames of {W}x{H} pixels: width and height must be multiples of {PIXELS_PER_CODE}")
+        if H % self.pixels_per_code or W % self.pixels_per_code:
+            raise ValueError(f"frames of {W}x{H} pixels: width and height must be multiples of {self.pixels_per_code}")
         return self.encoder(self.prepare(frames)).argmax(dim=1)
 
     @torch.no_grad()
@@ -226,71 +243,11 @@ def to_pixels(output):
     return (output[:, :3].float().sigmoid() - 0.1) / 0.8
 
 
-@contextmanager
-def atomic_open(path):
-    """A binary file that appears under its name whole and on disk, or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the file's own error
-        if not isinstance(reason, OSError) or reason.filename:
-            raise
-        raise OSError(reason.errno, reason.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def listen_for_stop():
-    """Let Ctrl-C and SIGTERM fill the list that is returned, so that a loop can save first. Asked again, they kill."""
-    received = []
-
-    def receive(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, receive)
-    return received
-
-
-def stop_listening():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-
-
-def start_processes(device):
-    """(rank, world_size) under torchrun, which starts a process per GPU (or CPU) and tells each which one it is."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        # A day: some wait for as long as others read media.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return rank, world_size
-
-
-def agree(number, device, world_size):
-    """The sum of a number over all processes, which must agree on whether to stop."""
-    if world_size == 1:
-        return number
-    total = torch.tensor(number, device=device)
-    dist.all_reduce(total)
-    return total.item()
-
-
-def check_plan(path, there, here, advice):
-    """A run that goes on must see the same data in the same way as the one that was stopped."""
-    for what in here:
-        if there.get(what) != here[what]:
-            raise ValueError(f"{path}: its {what} is {there.get(what)}, here it is {here[what]}; {advice}")
+frame_side = data.number(int, at_least=8, multiple_of=DVAE.pixels_per_code)  # for argparse: --resolution
 
 
 def save(model, path):
-    with atomic_open(path) as file:
+    with data.atomic_open(path) as file:
         torch.save({"dvae": model.state_dict(), "config": asdict(model.config)}, file)
 
 
@@ -316,6 +273,25 @@ def load(path, device="cpu", compute_dtype=torch.float32):
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def load_trained(checkpoint_path, tokenizer_path, device, rope_base=None):
+    """(the model of a checkpoint of train.py, the tokenizer that it was trained with, the checkpoint's dictionary).
+
+    The tokenizer is looked for beside the checkpoint unless its path is given, and refused where it is another one.
+    """
+    dtype = data.fast_dtype(device)
+    path = Path(tokenizer_path or Path(checkpoint_path).with_name("dvae.pt"))
+    if not Path(checkpoint_path).is_file():
+        raise ValueError(f"{checkpoint_path}: no such file; train.py makes one")
+    checkpoint = toto.load_checkpoint(checkpoint_path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; give the model's tokenizer with --tokenizer")
+    tokenizer = load(path, device, dtype)
+    if tokenizer.fingerprint() != checkpoint["tokenizer"]:
+        raise ValueError(f"{path} is not the tokenizer of {checkpoint_path}; give that with --tokenizer")
+    checkpoint["config"] = replace(checkpoint["config"], rope_base=rope_base or checkpoint["config"].rope_base)
+    return toto.from_checkpoint(checkpoint, device, dtype), tokenizer, checkpoint
+
+
 class Inert:
     """Stands in for every class that OpenAI's files mention: it holds what is unpickled into it and does nothing."""
 
@@ -337,113 +313,97 @@ def load_openai(folder, compute_dtype=torch.float32):
     with torch.serialization.safe_globals([(Inert, name) for name in classes]):
         for part in ("encoder", "decoder"):
             weights[part] = tensors(torch.load(Path(folder) / f"{part}.pkl", map_location="cpu", weights_only=True))
-    n_hid = weights["encoder"]["blocks.input.w"].shape[0]
-    vocab_size = weights["encoder"]["blocks.output.conv.w"].shape[0]
-    n_blocks = sum(name.startswith("blocks.group_1.") and name.endswith(".conv_1.w") for name in weights["encoder"])
-    n_init = weights["decoder"]["blocks.input.w"].shape[0]
+    n_hid, n_init = (len(weights[part]["blocks.input.w"]) for part in ("encoder", "decoder"))
+    vocab_size = len(weights["encoder"]["blocks.output.conv.w"])
+    n_blocks = sum(re.fullmatch(r"blocks\.group_1\..*\.conv_1\.w", name) is not None for name in weights["encoder"])
     model = DVAE(Config(n_hid, n_blocks, n_init, vocab_size, 1 / (4 * n_blocks) ** 2), compute_dtype)
     model.encoder.load_state_dict(weights["encoder"])
     model.decoder.load_state_dict(weights["decoder"])
     return model
 
 
-class Relaxed(nn.Module):
-    """A dVAE in training (§3.4): codes are drawn by the Gumbel-softmax relaxation, so that gradients pass through them.
+class WarmStart(nn.Module):
+    """A dVAE's encoder and decoder as a plain autoencoder, through `width` numbers at each place of the grid.
 
-    Not in the paper: `width`, a narrow linear bottleneck on either side of the codes, for a warm start. From random
-    weights a small dVAE ends with a few dozen codes in use. So it first trains as a plain autoencoder through `width`
-    numbers per position; k-means over these numbers then gives a codebook E, and code k the logit -s |z - E_k|², which
-    is linear in z up to a term that all codes share. From there on it is an ordinary dVAE, with all codes in use.
+    Not in the paper. From random weights a small dVAE ends with a few dozen codes in use: its codes mean nothing while
+    its decoder learns, and its decoder learns nothing while the codes mean nothing. So it first learns to pass on 16
+    numbers per place. `place_codes` then puts a codebook among these numbers and folds all of it into the dVAE's own
+    two convolutions, which from there on trains as any other.
     """
 
-    def __init__(self, model, width=None):
+    def __init__(self, model, width=16):
         super().__init__()
-        self.model, self.width, config = model, width, model.config
-        if width:
-            self.squeeze = Conv2d(8 * config.n_hid, width, 1, float32=True)
-            self.to_logits = Conv2d(width, config.vocab_size, 1, float32=True)
-            self.codebook = nn.Parameter(torch.zeros(config.vocab_size, width))
-            self.expand = Conv2d(width, config.n_init, 1)
+        self.model = model
+        self.squeeze = Conv2d(8 * model.config.n_hid, width, 1, float32=True)
+        self.expand = Conv2d(width, model.config.n_init, 1)
 
     def latents(self, frames):
         """uint8 frames (N, H, W, 3) -> (N, width, h, w)."""
         return self.squeeze(self.model.encoder.trunk(self.model.prepare(frames)))
 
-    def forward(self, frames, temperature, straight_through=False, generator=None):
-        """uint8 frames (N, H, W, 3) -> the decoder's output (N, 6, H, W) and logits (N, V, h, w).
-
-        Temperature None passes the latents on without codes, and gives no logits. straight_through decodes the drawn
-        codes themselves, with the gradient of the soft ones.
-        """
-        if temperature is None:
-            z, logits = self.latents(frames), None
-        else:
-            prepare, encoder = self.model.prepare, self.model.encoder
-            logits = self.to_logits(self.latents(frames)) if self.width else encoder(prepare(frames))
-            gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
-            codes = F.softmax((logits + gumbel) / temperature, dim=1)
-            if straight_through:
-                hard = torch.zeros_like(codes).scatter_(1, codes.argmax(dim=1, keepdim=True), 1.0)
-                codes = hard + codes - codes.detach()
-            if not self.width:
-                return self.model.decoder(self.model.decoder.blocks.input(codes.to(self.model.compute_dtype))), logits
-            z = torch.einsum("nvhw,vc->nchw", codes, self.codebook)
-        return self.model.decoder(self.expand(z.to(self.model.compute_dtype))), logits
+    def forward(self, frames):
+        """uint8 frames (N, H, W, 3) -> the decoder's output (N, 6, H, W)."""
+        return self.model.decoder(self.expand(self.latents(frames).to(self.model.compute_dtype)))
 
     @torch.no_grad()
-    def start_codes(self, z, generator):
-        """Place the codebook by k-means over latents z (n, width), and the logits at the distances to it.
+    def place_codes(self, frames, generator):
+        """Give the dVAE its codes: a codebook E (V, width) among the latents of uint8 frames (N, H, W, 3).
 
-        Most latents may be of one plain ground. So codes start where latents lie far from the codes so far (as in
-        k-means++), and the logits' scale follows from the spread of latents about each code, all codes alike: a
-        mean over latents would be that of the ground.
+        Code k gets the logit -s |z - E_k|² = 2s E_k · z - s |E_k|² - s |z|². The last term is the same for all codes,
+        so the softmax does not see it, and what is left is linear in z; z is linear in the trunk's output S t + b. So
+        the logits are one 1x1 convolution of the trunk, and the decoder's first one has the columns W_expand E_k.
         """
-        V = len(self.codebook)
-        z = z[torch.randperm(len(z), generator=generator).to(z.device)]
+        z = torch.cat([self.latents(frames[i : i + 32]) for i in range(0, len(frames), 32)])
+        E, s = k_means(z.permute(0, 2, 3, 1).flatten(0, 2), self.model.config.vocab_size, generator)
+        to_logits, to_expand = self.model.encoder.blocks.output.conv, self.model.decoder.blocks.input
+        to_logits.w.copy_((2 * s * E @ self.squeeze.w[:, :, 0, 0])[:, :, None, None])
+        to_logits.b.copy_(2 * s * E @ self.squeeze.b - s * E.pow(2).sum(dim=1))
+        to_expand.w.copy_((self.expand.w[:, :, 0, 0] @ E.t())[:, :, None, None])
+        to_expand.b.copy_(self.expand.b)
 
-        def nearest(E):
-            # In chunks: the distances of 262,144 latents to 8,192 codes at once would take 8.6 GB.
-            found = [torch.cdist(chunk, E).min(dim=1) for chunk in z.split(16384)]
-            return torch.cat([d for d, _ in found]), torch.cat([k for _, k in found])
 
-        E = z[:1]
-        while len(E) < V:
-            odds = nearest(E)[0].pow(2).cpu() + 1e-12
-            n_new = min(len(E), V - len(E))
-            E = torch.cat((E, z[torch.multinomial(odds, n_new, replacement=True, generator=generator)]))
-        for _ in range(5):
-            distance, code = nearest(E)
-            counts = torch.bincount(code, minlength=V)
-            means = torch.zeros_like(E).index_add_(0, code, z) / counts[:, None].clamp(min=1)
-            E = torch.where(counts[:, None] > 0, means, E)
-        spread = torch.zeros(V, device=z.device).index_add_(0, code, distance.pow(2)) / counts.clamp(min=1)
-        # Where hardly two latents differ, no code has two of them, and any scale will do.
-        scale = 1 / spread[counts > 1].mean().nan_to_num(1.0).clamp(min=1e-6)
-        self.codebook.copy_(E)
-        self.to_logits.w.copy_(2 * scale * E[:, :, None, None])
-        self.to_logits.b.copy_(-scale * E.pow(2).sum(dim=1))
+def k_means(z, n_codes, generator):
+    """A codebook E (n_codes, width) for latents z (n, width), and the scale s for logits -s |z - E_k|².
 
-    @torch.no_grad()
-    def fold(self):
-        """Multiply the bottleneck into the 1x1 convolutions beside it: then the plain dVAE is the same function."""
-        if not self.width:
-            return
-        matrix = lambda conv: conv.w[:, :, 0, 0]
-        logits, first = self.model.encoder.blocks.output.conv, self.model.decoder.blocks.input
-        logits.w.copy_((matrix(self.to_logits) @ matrix(self.squeeze))[:, :, None, None])
-        logits.b.copy_(matrix(self.to_logits) @ self.squeeze.b + self.to_logits.b)
-        first.w.copy_((matrix(self.expand) @ self.codebook.t())[:, :, None, None])
-        first.b.copy_(self.expand.b)
+    Most latents may be of one plain ground. So codes start where latents lie far from the codes so far (as in
+    k-means++), and s is 1 / the spread of latents about a code, as a mean over codes: over latents it would be that of
+    the ground.
+    """
+    z = z[torch.randperm(len(z), generator=generator).to(z.device)]
+
+    def nearest(E):
+        # In chunks: the distances of 262,144 latents to 8,192 codes at once would take 8.6 GB.
+        found = [torch.cdist(chunk, E).min(dim=1) for chunk in z.split(16384)]
+        return torch.cat([d for d, _ in found]), torch.cat([k for _, k in found])
+
+    E = z[:1]
+    while len(E) < n_codes:
+        odds = nearest(E)[0].pow(2).cpu() + 1e-12
+        n_new = min(len(E), n_codes - len(E))
+        E = torch.cat((E, z[torch.multinomial(odds, n_new, replacement=True, generator=generator)]))
+    for _ in range(5):
+        distance, code = nearest(E)
+        counts = torch.bincount(code, minlength=n_codes)
+        means = torch.zeros_like(E).index_add_(0, code, z) / counts[:, None].clamp(min=1)
+        E = torch.where(counts[:, None] > 0, means, E)
+    spread = torch.zeros(n_codes, device=z.device).index_add_(0, code, distance.pow(2)) / counts.clamp(min=1)
+    # Where hardly two latents differ, no code has two of them, and any scale will do.
+    return E, 1 / spread[counts > 1].mean().nan_to_num(1.0).clamp(min=1e-6)
+
+
+def warm_steps(recipe):
+    """How many steps are without codes."""
+    return round(recipe.warm_start * recipe.steps)
 
 
 def schedule(recipe, step):
-    """(learning rate, temperature or None in the warm start, weight of the KL term) at a step."""
+    """(learning rate, temperature of the relaxation, weight of the KL term) at a step."""
     fall = lambda done: (1 + math.cos(math.pi * min(max(done, 0), 1))) / 2  # a cosine from 1 to 0
     lr = recipe.lr_end + (recipe.lr - recipe.lr_end) * fall(step / recipe.steps)
-    warm_steps, annealed = round(recipe.warm_start * recipe.steps), recipe.anneal * recipe.steps
-    temperature = 1 / 16 + (1 - 1 / 16) * fall((step - warm_steps) / max(annealed - warm_steps, 1))
+    first, annealed = warm_steps(recipe), recipe.anneal * recipe.steps
+    temperature = 1 / 16 + (1 - 1 / 16) * fall((step - first) / max(annealed - first, 1))
     kl = recipe.kl * (1 - fall(step / max(recipe.kl_warmup * recipe.steps, 1)))
-    return lr * min(1, (step + 1) / 50), temperature if step >= warm_steps else None, kl
+    return lr * min(1, (step + 1) / 50), temperature, kl
 
 
 def kl_to_uniform(logits):
@@ -466,114 +426,113 @@ def reconstruction_loss(output, target, laplace):
     return error.abs().mean() + 3 * error.pow(2).mean()
 
 
-def train(
-    read_pool, config, recipe, seed=0, device=torch.device("cpu"), compute_dtype=torch.float32, straight_through=False,
-    path=None, plan=None, save_every=1000, show=lambda model: None, rank=0, world_size=1,
-):  # fmt: skip
-    """Train a tokenizer; every process of world_size calls this. Everything random follows from the seed and the step.
+def draw_frames(read_pool, recipe, seed, step, device):
+    """This process's share of a step: frames uint8 (n, R, R, 3), the same in [0, 1] (n, 3, R, R), a seed for noise.
 
-    read_pool(i) gives the uint8 frames (N, H, W, 3) that batches are drawn from for the i-th time, once for as many
-    steps as see each of POOL frames four times. With a `path` the state is saved there every save_every steps and when
-    asked to stop (SIGINT, SIGTERM), and a state with the same `plan` that is found there goes on exactly; show(model)
-    is then called in process 0, once there are codes. Raises ValueError where the loss is not finite, before a save.
+    All that is random follows from the seed, the step and the process, so that a resumed training sees the same.
     """
-    if recipe.batch % world_size:
-        raise ValueError(f"a step's {recipe.batch} frames cannot be shared evenly by {world_size} processes")
-    batch, first_step = recipe.batch // world_size, 0
-    torch.manual_seed(seed)
-    relaxed = Relaxed(DVAE(config, compute_dtype), width=16 if recipe.warm_start else None)
-    relaxed = relaxed.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(relaxed.parameters(), recipe.lr, recipe.betas, weight_decay=1e-4, fused=True)
-    average = AveragedModel(relaxed, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-    parts = {"relaxed": relaxed, "optimizer": optimizer} | ({"average": average} if average else {})
-    if path and path.exists():
-        first_step = resume(path, parts, plan, device)
-    trained = relaxed
-    if world_size > 1:  # in the warm start some parameters have no gradient
+    n, rng = recipe.batch // data.world_size(), np.random.default_rng([seed, step, data.rank()])
+    noise_seed, frames = int(rng.integers(2**62)), read_pool(step * n // (4 * POOL))  # each frame is seen four times
+    pixels = torch.as_tensor(frames[np.sort(rng.integers(len(frames), size=n))], device=device)
+    return pixels, pixels.permute(0, 3, 1, 2).float() / 255, noise_seed
+
+
+def start_phase(module, recipe, device, **how):
+    """(the optimizer, the module as a loop calls it: under torchrun gradients are averaged over the processes)."""
+    optimizer = torch.optim.AdamW(module.parameters(), recipe.lr, recipe.betas, weight_decay=1e-4, fused=True)
+    if data.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        trained = DistributedDataParallel(relaxed, device_ids=ids, find_unused_parameters=True)
+        return optimizer, DistributedDataParallel(module, device_ids=ids, **how)
+    return optimizer, module
 
-    def finished():
-        """The tokenizer as it is now, to measure and to keep."""
-        best = average.module if average else relaxed
-        best.fold()
-        return best.model
 
-    pool_steps, frames = max(4 * POOL // batch, 1), None
-    generator = torch.Generator(device)
-    signals = listen_for_stop() if path else []
-    progress = tqdm(
-        range(first_step, recipe.steps), initial=first_step, total=recipe.steps,
-        desc="tokenizer", unit="step", dynamic_ncols=True, disable=rank > 0,
-    )  # fmt: skip
-    for step in progress:
-        if frames is None or step % pool_steps == 0:
-            frames = read_pool(step // pool_steps)
-        rng = np.random.default_rng([seed, step, rank])
-        generator.manual_seed(int(rng.integers(2**62)))
+def update(optimizer, loss, lr, clip, step):
+    """One optimizer step. Raises ValueError where the loss is no number, before that can be saved."""
+    (parameters,) = optimizer.param_groups
+    parameters["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(parameters["params"], clip)
+    if not math.isfinite(loss.item() + grad_norm.item()):
+        raise ValueError(f"step {step + 1}: the loss is {loss.item()}, its gradient {grad_norm.item():.3g}")
+    optimizer.step()
+
+
+def figures(loss, output, target):
+    """For the progress bar: loss and PSNR of a step, of colours in [0, 1] (N, 3, H, W)."""
+    error = (to_pixels(output.detach()).clamp(0, 1) - target).pow(2).mean().clamp(min=1e-9)
+    return f"loss {loss.item():.4f}, PSNR {-10 * error.log10().item():.1f} dB"
+
+
+def train(read_pool, config, recipe, seed=0, device=torch.device("cpu"), compute_dtype=torch.float32,
+          path=None, settings={}, save_every=1000, show=lambda model: None):  # fmt: skip
+    """Train a tokenizer in two phases; all processes call this. Everything random follows from the seed and the step.
+
+    read_pool(i) gives the uint8 frames (N, R, R, 3) that steps draw from for the i-th time. With a `path` the state is
+    saved there every save_every steps and when asked to stop, and a state with the same `settings` that is found there
+    is resumed exactly; show(model) is called after saves of the second phase. Raises ValueError where the loss is not
+    finite, before a save.
+    """
+    if recipe.batch % data.world_size():
+        raise ValueError(f"{recipe.batch} frames a step cannot be shared evenly by {data.world_size()} processes")
+    torch.manual_seed(seed)
+    model = DVAE(config, compute_dtype).to(device, memory_format=torch.channels_last)
+    read_pool = lru_cache(maxsize=1)(read_pool)
+    next_batch = partial(draw_frames, read_pool, recipe, seed, device=device)
+    if recipe.warm_start and not (path and path.exists()):
+        file = path and warm_start_file(path)
+        warm = train_autoencoder(model, next_batch, recipe, device, file, settings, save_every)
+        # Each process places codes among frames of its own; as phase 2 begins, DDP gives all those of process 0.
+        frames, rng = read_pool(0), np.random.default_rng([seed, data.rank()])
+        picked = rng.permutation(len(frames))[: 1 + 4 * 2**20 // frames[0].size]  # 607 frames of 48 pixels
+        warm.place_codes(frames[picked], torch.Generator().manual_seed(seed))
+    return train_codes(model, next_batch, recipe, device, path, settings, save_every, show).eval().requires_grad_(False)
+
+
+def warm_start_file(path):
+    """Phase 1 keeps its state beside that of phase 2, whose file says that phase 1 is over."""
+    return path.with_name(f"{path.name}-warm-start")
+
+
+def train_autoencoder(model, next_batch, recipe, device, path, settings, save_every):
+    """Phase 1, not in the paper: without codes, to have something to place codes in (see WarmStart)."""
+    warm, n_steps = WarmStart(model).to(device, memory_format=torch.channels_last), warm_steps(recipe)
+    # Unused: the two convolutions that codes will go through.
+    optimizer, trained = start_phase(warm, recipe, device, find_unused_parameters=True)
+    file = data.state_file(path, {"warm": warm, "optimizer": optimizer}, settings) if path else {}
+    for step, bar in data.resumable_steps("warm start", n_steps, **file, save_every=save_every):
+        pixels, target, _ = next_batch(step)
+        output = trained(pixels)
+        loss = reconstruction_loss(output, target, recipe.laplace)
+        update(optimizer, loss, schedule(recipe, step)[0], recipe.clip, step)
+        if step % 20 == 0:
+            bar.set_postfix_str(figures(loss, output, target), refresh=False)
+    return warm
+
+
+def train_codes(model, next_batch, recipe, device, path, settings, save_every, show):
+    """Phase 2, the dVAE of §3.4: the evidence lower bound of Ramesh et al. (2021), Eq. 1, through the relaxation."""
+    optimizer, trained = start_phase(model, recipe, device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    kept, generator = average.module if average else model, torch.Generator(device)
+    parts = {"model": model, "optimizer": optimizer} | ({"average": average} if average else {})
+    how = data.state_file(path, parts, settings) if path else {}
+    how |= {"after_save": lambda done: show(kept) if data.rank() == 0 else None, "start": warm_steps(recipe)}
+    for step, bar in data.resumable_steps("tokenizer", recipe.steps, save_every=save_every, **how):
+        pixels, target, noise_seed = next_batch(step)
         lr, temperature, kl = schedule(recipe, step)
-        if recipe.warm_start and temperature == 1:  # the first step with codes
-            sample = rng.permutation(len(frames))[: 1 + 4 * 2**20 // frames[0].size]
-            with torch.no_grad():
-                z = torch.cat([relaxed.latents(frames[sample[i : i + 32]]) for i in range(0, len(sample), 32)])
-            relaxed.start_codes(z.permute(0, 2, 3, 1).flatten(0, 2), torch.Generator().manual_seed(seed))
-            if world_size > 1:  # all start with the codes of process 0
-                for parameter in relaxed.parameters():
-                    dist.broadcast(parameter.data, src=0)
-
-        optimizer.param_groups[0]["lr"] = lr
-        pixels = torch.as_tensor(frames[np.sort(rng.integers(len(frames), size=batch))], device=device)
-        target = pixels.permute(0, 3, 1, 2).float() / 255
-        output, logits = trained(pixels, temperature, straight_through, generator)
+        output, logits = trained(pixels, temperature, generator.manual_seed(noise_seed))
         loss = reconstruction_loss(output, target, recipe.laplace)
         if kl:  # a code stands for 3·8·8 of the values that the likelihood is a mean over
-            loss = loss + kl * kl_to_uniform(logits) / (3 * PIXELS_PER_CODE**2)
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(relaxed.parameters(), recipe.clip)
-        optimizer.step()
+            loss = loss + kl * kl_to_uniform(logits) / (3 * model.pixels_per_code**2)
+        update(optimizer, loss, lr, recipe.clip, step)
         if average:
-            average.update_parameters(relaxed)
-
-        stop = agree(len(signals), device, world_size) if path else 0
-        is_save = path is not None and ((step + 1) % save_every == 0 or stop)
-        is_last = step == recipe.steps - 1
-        if step % 20 == 0 or is_save or is_last:
-            if not math.isfinite(loss.item() + grad_norm.item()):
-                raise ValueError(f"step {step + 1}: the loss is {loss.item()}, its gradient {grad_norm.item():.3g}")
-            psnr = -10 * (to_pixels(output.detach()).clamp(0, 1) - target).pow(2).mean().clamp(min=1e-9).log10().item()
-            words = f"loss {loss.item():.4f}, PSNR {psnr:.1f} dB"
-            if logits is not None:
-                used = perplexity_of(logits.detach().argmax(dim=1), config.vocab_size)
-                words += f", perplexity {used:.0f}, temperature {temperature:.2f}"
-            progress.set_postfix_str(words)
-        if is_save and not is_last:
-            if rank == 0:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                with atomic_open(path) as file:
-                    torch.save(state | {"step": step + 1, "plan": plan}, file)
-                if logits is not None:
-                    show(finished())
-            if stop:
-                progress.close()
-                if rank == 0:
-                    print(f"stopped and saved at step {step + 1:,}; the same command goes on from there")
-                raise KeyboardInterrupt
-    if path:
-        stop_listening()
-    return finished().eval().requires_grad_(False)
-
-
-def resume(path, parts, plan, device):
-    """Load the state of a stopped training; return the step to go on at."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        check_plan(path, state["plan"], plan, "remove it to start over")
-    except (KeyError, pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{path} is not the state of a stopped training; remove it to start over") from error
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"]
+            average.update_parameters(model)
+        if step % 20 == 0:
+            used = perplexity_of(logits.detach().argmax(dim=1), model.config.vocab_size)
+            words = f"{figures(loss, output, target)}, perplexity {used:.0f}, temperature {temperature:.2f}"
+            bar.set_postfix_str(words, refresh=False)
+    return kept
 
 
 def perplexity_of(codes, vocab_size):
@@ -590,29 +549,23 @@ def measure(model, frames):
         error = model.decode(codes[-1].to(model.encoder.blocks.input.w.device)).float().cpu() - torch.as_tensor(truth)
         psnr.append(20 * math.log10(255) - 10 * error.pow(2).flatten(1).mean(dim=1).clamp(min=1e-9).log10())
     codes = torch.cat(codes)
-    return {
-        "psnr": torch.cat(psnr).mean().item(),
-        "perplexity": perplexity_of(codes, model.config.vocab_size),
-        "codes_in_use": len(codes.unique()),
-    }
+    perplexity = perplexity_of(codes, model.config.vocab_size)
+    return {"psnr": torch.cat(psnr).mean().item(), "perplexity": perplexity, "codes_in_use": len(codes.unique())}
 
 
-def train_on(paths, out, resolution, stride, seed, device, compute_dtype, config=SMALL, recipe=LAPTOP,
-             straight_through=False, save_every=1000, rank=0, world_size=1):  # fmt: skip
+def train_on(paths, out, resolution, stride, seed, device, config=SMALL, recipe=LAPTOP, save_every=1000):
     """Train a tokenizer on folders of media (or on the built-in world), save it, and report how good it is.
 
     Clips that train.py would hold out for validation are held out here too; the report and the picture beside the
-    tokenizer, of what it keeps, are of them. A stopped training goes on where it was. Not in the paper: of a video, it
-    is the first 16 frames kept by the stride that are read.
+    tokenizer, of what it keeps, are of them. A stopped training is resumed. Not in the paper: of a video, it is the
+    first 16 frames kept by the stride that are read.
     """
-    import data  # not above: data.py imports this file
-
     training, unseen = [], []
     for path in paths:
         items = [item for shard in data.shards_of(path, resolution, stride, n_frames=16) for item in shard]
         for item, is_held_out in zip(items, data.is_held_out([item.name for item in items])):
             (unseen if is_held_out else training).append(item)
-    if rank == 0:
+    if data.rank() == 0:
         try:
             test, seen = data.gather_frames(unseen, 512, resolution, seed, quiet=True), "held-out"
         except ValueError:  # a single clip, or none that can be read
@@ -620,105 +573,66 @@ def train_on(paths, out, resolution, stride, seed, device, compute_dtype, config
         examples = test[np.linspace(0, len(test) - 1, 8).astype(int)]
 
     def read_pool(i):
-        return data.gather_frames(training, POOL, resolution, [seed, i, rank], quiet=i > 0 or rank > 0)
+        quiet = i > 0 or data.rank() > 0
+        return data.gather_frames(training, POOL, resolution, [seed, i, data.rank()], quiet=quiet)
 
-    def show(model):
-        kept = model.decode(model.encode(examples)).cpu().numpy()
-        data.write_strip(Path(out).with_suffix(".png"), [[("truth", examples), ("kept", kept)]], n_prompt=0)
-
-    plan = {"data": [str(path) for path in paths], "resolution": resolution, "stride": stride, "seed": seed}
-    plan |= {"straight-through": straight_through, "processes": world_size}
-    plan |= {"size": asdict(config), "recipe": asdict(recipe)}
+    show = lambda model: draw_kept(model, examples, Path(out).with_suffix(".png"))
+    settings = {"data": [str(path) for path in paths], "resolution": resolution, "stride": stride, "seed": seed}
+    settings |= {"processes": data.world_size(), "size": asdict(config), "recipe": asdict(recipe)}
     state = Path(f"{out}.training")
-    model = train(
-        read_pool, config, recipe, seed, device, compute_dtype, straight_through,
-        state, plan, save_every, show, rank, world_size,
-    )  # fmt: skip
-    if rank == 0:
+    model = train(read_pool, config, recipe, seed, device, data.fast_dtype(device), state, settings, save_every, show)
+    if data.rank() == 0:
         save(model, out)
-        state.unlink(missing_ok=True)
-        show(model)
+        for path in (state, warm_start_file(state)):
+            path.unlink(missing_ok=True)
         score = measure(model, test)
-        print(
-            f"tokenizer: {score['psnr']:.1f} dB on {seen} frames, "
-            f"{score['codes_in_use']} of {config.vocab_size} codes in use, perplexity {score['perplexity']:.0f}"
-        )
+        codes = f"{score['codes_in_use']} of {config.vocab_size} codes in use, perplexity {score['perplexity']:.0f}"
+        print(f"tokenizer: {score['psnr']:.1f} dB on {seen} frames, {codes}")
 
 
-def reconstruct(paths, tokenizer_path, out, resolution, stride, device, compute_dtype):
+def draw_kept(model, frames, path):
+    """Write a picture of uint8 frames (N, H, W, 3) above what the tokenizer keeps of them."""
+    kept = model.decode(model.encode(frames)).cpu().numpy()
+    data.write_strip(path, [[("truth", frames), ("kept", kept)]], n_prompt=0)
+
+
+def reconstruct(paths, tokenizer_path, out, resolution, stride, device):
     """Write a picture per file to the folder `out`: up to 8 of its frames above what the tokenizer keeps of them."""
-    import data  # not above: data.py imports this file
-
-    model = load(tokenizer_path, device, compute_dtype)
+    model = load(tokenizer_path, device, data.fast_dtype(device))
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file")
         frames = np.stack([data.crop(f, resolution) for f in islice(data.read_frames(path, resolution, stride), 8)])
         picture = Path(out) / f"{Path(path).stem}-reconstructed.png"
-        kept = model.decode(model.encode(frames)).cpu().numpy()
-        data.write_strip(picture, [[("truth", frames), ("kept", kept)]], n_prompt=0)
+        draw_kept(model, frames, picture)
         score = measure(model, frames)
         print(f"wrote {picture}: {score['psnr']:.1f} dB, {score['codes_in_use']} different codes")
 
 
 def main():
-    import data  # not above: data.py imports this file
-
-    parser = argparse.ArgumentParser(
-        description="Train a tokenizer, show what one keeps, or make a safe copy of OpenAI's. "
-        "A stopped training goes on where it was.",
-        formatter_class=data.HelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--data",
-        nargs="+",
-        default=[data.WORLD],
-        metavar="PATH",
-        help="folders of images and videos, or world: the built-in one",
-    )
+    parser = data.make_parser("Train a tokenizer, or show what one keeps. Run again, it resumes where it stopped.")
+    add, count = parser.add_argument, data.number(int, at_least=1)
+    add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of media, or world: the built-in one")
     add("--reconstruct", nargs="+", metavar="FILE", help="no training: draw what --out keeps of images and videos")
-    add("--convert", metavar="FOLDER", help="no training: write OpenAI's two files as one safe file, --out")
     add("--out", default="out/dvae.pt", type=Path, help="the tokenizer's file")
     add("--size", choices=SIZES, default="small", help="small trains in a minute; full is OpenAI's, 8,192 codes")
-    add("--recipe", choices=RECIPES, help="short with a warm start, or as OpenAI's (default: laptop for small)")
-    add("--resolution", type=data.resolution, default=48, help="side of the frames in pixels")
-    add("--stride", type=data.positive, default=4, help="keep every n-th frame of a video")
-    add("--steps", type=data.positive, help="training steps (default: the recipe's, 1,800 or 1,200,000)")
-    add("--batch", type=data.positive, help="frames in a step (default: the recipe's, 8 or 512)")
-    add("--straight-through", action="store_true", help="decode hard codes in training, with the gradient of soft ones")
-    add("--save-every", type=data.positive, default=1000, help="steps between saves and pictures")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--resolution", type=frame_side, default=48, help="side of the frames in pixels")
+    add("--stride", type=count, default=4, help="keep every n-th frame of a video")
+    add("--steps", type=count, help="training steps (default: the recipe's, 1,800 or 1,200,000)")
+    add("--batch", type=count, help="frames in a step (default: the recipe's, 8 or 512)")
+    add("--save-every", type=count, default=1000, help="steps between saves and pictures")
     args = parser.parse_args()
-    if args.out.exists() and not args.reconstruct:
-        raise ValueError(f"{args.out}: exists already, and models may depend on it; give another --out, or remove it")
-    if args.convert:
-        model = load(args.convert)
-        save(model, args.out)
-        count = lambda module: sum(p.numel() for p in module.parameters())
-        print(f"wrote {args.out}, hash {model.fingerprint()}")
-        print(f"  {count(model.encoder):,} + {count(model.decoder):,} parameters (OpenAI's: 53,786,240 + 43,829,766)")
-        return
     device = data.pick_device(args.device)
-    if args.reconstruct:
-        reconstruct(
-            args.reconstruct, args.out, args.out.parent, args.resolution, args.stride, device, data.fast_dtype(device)
-        )
-        return
+    if args.reconstruct:  # here --out is read, not written
+        return reconstruct(args.reconstruct, args.out, args.out.parent, args.resolution, args.stride, device)
+    if args.out.exists():
+        raise ValueError(f"{args.out}: exists already, and models may depend on it; give another --out, or remove it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rank, world_size = start_processes(device)
-    recipe = RECIPES[args.recipe or ("openai" if args.size == "full" else "laptop")]
+    data.start_processes(device)
+    config, recipe = SIZES[args.size]
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
-    train_on(
-        args.data, args.out, args.resolution, args.stride, args.seed, device, data.fast_dtype(device),
-        SIZES[args.size], recipe, args.straight_through, args.save_every, rank, world_size,
-    )  # fmt: skip
-    if world_size > 1:
-        dist.destroy_process_group()
+    train_on(args.data, args.out, args.resolution, args.stride, args.seed, device, config, recipe, args.save_every)
 
 
 if __name__ == "__main__":
-    import data
-
     data.run(main)

@@ -12,7 +12,6 @@ sample.png (the same as a strip, time from left to right) and sample.npy (the co
 Shape letters: B samples, F frames, h and w codes, R pixels.
 """
 
-import argparse
 import math
 import time
 from itertools import islice
@@ -26,15 +25,16 @@ import data
 import dvae
 import toto
 
-WORLD_CLIPS = range(3_000_000, 4_000_000)  # clips that no training ever sees
+UNSEEN = range(3_000_000, 4_000_000)  # clips of the built-in world that no training or probing ever sees
 
 
 def continue_video(model, codes, n_frames, window, start=toto.VIDEO_START, progress=None, **how):
-    """Continue codes int64 (B, F, h, w) to n_frames frames: (B, n_frames, h, w). `how` goes to Toto.generate.
+    """A.8: continue codes int64 (B, F, h, w) to n_frames frames, (B, n_frames, h, w). `how` goes to Toto.generate.
 
-    The model has learned windows of `window` frames. Up to there a sequence simply goes on. Beyond (64 frames in A.8),
-    not in the paper: at every frame boundary the oldest frame is dropped, and the start token and the kept frames are
-    run afresh at their new positions, so that each frame is sampled exactly as the model would after that prompt.
+    The model has learned windows of `window` frames. Up to there a sequence is simply continued. Beyond (64 frames in
+    A.8), not in the paper: at every frame boundary the oldest frame is dropped, and the start token and the kept frames
+    are run afresh at their new positions, so that each frame is sampled exactly as the model would after that prompt.
+    Whole frames are dropped because the model knows where in a frame it is by the count of tokens alone.
     """
     B, _, h, w = codes.shape
     while codes.shape[1] < n_frames:
@@ -47,8 +47,10 @@ def continue_video(model, codes, n_frames, window, start=toto.VIDEO_START, progr
     return codes
 
 
+# Prompts.
 def world_numbers(seed, n_clips):
-    return [WORLD_CLIPS[(seed * n_clips + i) % len(WORLD_CLIPS)] for i in range(n_clips)]
+    """Which clips of the built-in world a run with this seed continues."""
+    return [UNSEEN[(seed * n_clips + i) % len(UNSEEN)] for i in range(n_clips)]
 
 
 def read_prompts(args, checkpoint, n_clips):
@@ -67,10 +69,7 @@ def read_prompts(args, checkpoint, n_clips):
         return np.stack([item.read()[1] for item in items]), n_given
     files = []
     for name in args.prompt:
-        path = Path(name)
-        if not path.exists():
-            raise ValueError(f"--prompt {path}: no such file or folder")
-        images, videos = data.find_media(path)
+        images, videos = data.find_media(name)
         files += sorted(images + videos)
     # Of several files, each gives as many frames as asked for, or an equal share of what leaves room for one more.
     share = args.prompt_frames or max((args.frames - 1) // len(files), 1)
@@ -81,6 +80,19 @@ def read_prompts(args, checkpoint, n_clips):
     return np.repeat(np.stack(frames)[None], n_clips, axis=0), n_given
 
 
+def encode_prompts(tokenizer, truth, n_given, device):
+    """The codes (B, F, h, w) of the given frames; says how well the tokenizer knows such pictures."""
+    if not n_given:
+        grid = truth.shape[2] // tokenizer.pixels_per_code
+        return torch.zeros(len(truth), 0, grid, grid, dtype=torch.long, device=device)
+    prompt = torch.stack([tokenizer.encode(clip) for clip in truth[:, :n_given]])
+    kept = psnr(np.stack([tokenizer.decode(codes).cpu().numpy() for codes in prompt]), truth[:, :n_given])
+    warning = ": little; it was trained on other things" if kept < 18 else ""
+    print(f"the tokenizer keeps {kept:.1f} dB of the given frames{warning}")
+    return prompt
+
+
+# The score: how near the truth a continuation comes.
 def psnr(frames, truth, where=None):
     """Peak signal-to-noise ratio in dB, by the mean squared error of all clips, optionally of some pixels only."""
     error = (frames.astype(np.float32) - truth) ** 2
@@ -131,67 +143,58 @@ def print_score(rows):
     print(" mean" + "".join(cell(key, np.mean([row[key] for row in rows])) for key in columns))
 
 
-def memory_rate(device):
-    """Bytes a second that the device reads and writes, by copying 256 MB."""
-    x, seconds = torch.ones(2**26, device=device), []
-    y = torch.empty_like(x).copy_(x)
-    for _ in range(5):
-        started = time.perf_counter()
-        y.copy_(x)
-        y[-1].item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * 4 * 2**26 / min(seconds)
+def write_score(args, made, truth, n_given, tokenizer):
+    """--score: print the table, and write it to score.json."""
+    moving, codes = None, torch.stack([tokenizer.encode(clip) for clip in truth])
+    if args.prompt == [data.WORLD]:
+        numbers, resolution = world_numbers(args.seed, args.score), truth.shape[2]
+        moving = np.stack([data.world_clip(i, args.frames, resolution).masks for i in numbers])
+    rows = score(made, codes, truth, n_given, tokenizer, moving)
+    print_score(rows)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    data.write_json({"settings": settings, "frames": rows}, args.out / "score.json")
+    print(f"wrote {args.out / 'score.json'}")
 
 
-def report_speed(model, decoder, n_samples, n_ids, n_tokens, seconds, device):
-    """Tokens/s beside the floor: all weights and the cache, which fills up, unless compiled, read once a step."""
-    c, itemsize = model.config, decoder.dtype.itemsize
-    weights = model.count_parameters() * itemsize
-    cache = 2 * n_samples * c.n_layers * c.dim * itemsize * (n_ids if decoder.compiled_step else n_ids / 2)
-    rate = memory_rate(device)
-    print(
-        f"{n_samples * n_tokens / seconds:,.0f} tokens/s, {n_samples} samples at a time: drawing a token of each takes "
-        f"{1e6 * seconds / n_tokens:,.0f} µs, and only to read weights and cache, {(weights + cache) / 1e6:,.1f} MB at "
-        f"{rate / 1e9:,.0f} GB/s, {1e6 * (weights + cache) / rate:,.0f} µs"
-    )
+def write_pictures(args, codes, truth, n_given, tokenizer):
+    """sample.npy, sample.gif and sample.png: the truth, as far as there is one, beside what the model made."""
+    rows = []
+    for frames, sample in list(zip(truth, codes))[: args.samples]:
+        made = ("model", tokenizer.decode(sample).cpu().numpy())
+        if 0 < len(frames) < args.frames:  # the truth ends before the continuation does: white frames
+            rest = np.full((args.frames - len(frames), *frames.shape[1:]), 255, np.uint8)
+            frames = np.concatenate((frames, rest))
+        rows.append([("truth", frames), made] if len(frames) else [made])
+    with data.atomic_open(args.out / "sample.npy") as file:
+        np.save(file, codes.cpu().numpy().astype(np.uint16))
+    data.write_gif(args.out / "sample.gif", rows, n_given)
+    data.write_strip(args.out / "sample.png", rows, n_given)
+    print(f"wrote {args.out / 'sample.gif'}, sample.png and sample.npy; frames given: {n_given}")
 
 
+# The program.
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description="Continue, animate, prompt or imagine a video.", formatter_class=data.HelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--prompt",
-        nargs="+",
-        default=[data.WORLD],
-        help="a video, an image, several of them, a folder, or world-masks (for a model trained on that)",
-    )
-    add(
-        "--prompt-frames",
-        type=data.positive,
-        help="how many frames are given, of each file (default: 4; of several files an equal share of --frames)",
-    )
+    parser = data.make_parser("Continue, animate, prompt or imagine a video.")
+    add, count = parser.add_argument, data.number(int, at_least=1)
+    add("--prompt", nargs="+", default=[data.WORLD], help="videos, images, a folder, or world-masks (A.8)")
+    add("--prompt-frames", type=count, help="frames given, of each file (default: 4; of several an equal share)")
     add("--imagine", action="store_true", help="give nothing: the model makes a whole video")
     add("--images", action="store_true", help="start as a sequence of images, for a model that has seen some")
-    add("--frames", type=data.positive, default=16, help="frames in all, given and made")
-    add("--samples", type=data.positive, default=4, help="how many continuations (with --score: in the pictures)")
-    add("--temperature", type=float, default=1.0, help="0 always takes the most probable code")
-    add("--top-k", type=int, default=0, help="draw among the k most probable codes only; 0 for all")
-    add("--top-p", type=float, default=0.95, help="draw among the fewest codes that have this probability together")
-    add("--score", type=data.positive, metavar="N", help="compare N continuations with the truth; also into score.json")
+    add("--frames", type=count, default=16, help="frames in all, given and made")
+    add("--samples", type=count, default=4, help="how many continuations (with --score: in the pictures)")
+    add("--temperature", type=data.number(float, at_least=0), default=1.0, help="0 takes the most probable code")
+    add("--top-k", type=data.number(int, at_least=0), default=0, help="draw among the k most probable codes; 0 for all")
+    add("--top-p", type=data.number(float, above=0), default=0.95, help="draw among codes of this probability together")
+    add("--score", type=count, metavar="N", help="compare N continuations with the truth; also into score.json")
     add("--compile", action="store_true", help="torch.compile first, 5 to 13 s: pays for tens of thousands of tokens")
-    add("--mp4", action="store_true", help="write sample.mp4 as well")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for sample.gif, sample.png and sample.npy")
-    add("--seed", type=data.natural, default=0, help="of everything random")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
+    if args.top_p > 1:
+        raise ValueError("--top-p: a probability, at most 1")
     if args.prompt_frames and args.prompt_frames >= args.frames:
         raise ValueError("--prompt-frames must be less than --frames")
-    if not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
-        raise ValueError("--temperature and --top-k must not be negative, --top-p must lie above 0 and up to 1")
     if args.imagine and (args.prompt != [data.WORLD] or args.prompt_frames):
         raise ValueError("--imagine gives nothing: leave out --prompt and --prompt-frames")
     if args.score and args.imagine:
@@ -203,64 +206,31 @@ def main():
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
-    model, tokenizer, checkpoint = data.load_model(args.checkpoint, args.tokenizer, device)
-    n_samples = args.score or args.samples
+    model, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
+    n_samples, window = args.score or args.samples, checkpoint["frames"]
     truth, n_given = read_prompts(args, checkpoint, n_samples)
     if n_given >= args.frames:
         raise ValueError(f"--frames {args.frames}: the prompt gives {n_given}; ask for more, or less --prompt-frames")
     if args.score and truth.shape[1] < args.frames:
         raise ValueError(f"--score: the prompt has {truth.shape[1]} frames; give --frames as many, or fewer")
-    grid = checkpoint["resolution"] // dvae.PIXELS_PER_CODE
-    encode = lambda frames: torch.stack([tokenizer.encode(clip) for clip in frames])
-    prompt = encode(truth[:, :n_given]) if n_given else torch.zeros(n_samples, 0, grid, grid, dtype=torch.long)
-    prompt = prompt.to(device)
-    if n_given:
-        kept = psnr(np.stack([tokenizer.decode(codes).cpu().numpy() for codes in prompt]), truth[:, :n_given])
-        warning = ": little; it was trained on other things" if kept < 18 else ""
-        print(f"the tokenizer keeps {kept:.1f} dB of the given frames{warning}")
-    _, _, h, w = prompt.shape
-    n_new = (args.frames - n_given) * h * w
-    n_ids = min(args.frames, checkpoint["frames"]) * h * w
-    decoder = toto.Decoder(model, n_samples, 1 + n_ids, args.compile)
+    prompt = encode_prompts(tokenizer, truth, n_given, device)
+    tokens_per_frame = prompt.shape[2] * prompt.shape[3]
+    n_new = (args.frames - n_given) * tokens_per_frame
+    model = toto.for_sampling(model, n_samples, args.compile)
+    cache = toto.Cache(model, n_samples, 1 + min(args.frames, window) * tokens_per_frame, args.compile)
     started = time.perf_counter()
     with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
         codes = continue_video(
-            model, prompt, args.frames, checkpoint["frames"], toto.IMAGE_START if args.images else toto.VIDEO_START,
+            model, prompt, args.frames, window, toto.IMAGE_START if args.images else toto.VIDEO_START,
             progress=bar.update, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            generator=torch.Generator(device).manual_seed(args.seed), decoder=decoder,
+            generator=torch.Generator(device).manual_seed(args.seed), cache=cache,
         )  # fmt: skip
-    codes[-1].max().item()  # waits for the device
-    report_speed(model, decoder, n_samples, n_ids, n_new, time.perf_counter() - started, device)
-
+    codes.max().item()  # waits for the device
+    speed = n_samples * n_new / (time.perf_counter() - started)
+    print(f"{speed:,.0f} tokens/s, {n_samples} samples at a time")
     if args.score:
-        moving = None
-        if args.prompt == [data.WORLD]:
-            clips = (
-                data.world_clip(i, args.frames, checkpoint["resolution"]) for i in world_numbers(args.seed, n_samples)
-            )
-            moving = np.stack([clip.masks for clip in clips])
-        rows = score(codes, encode(truth), truth, n_given, tokenizer, moving)
-        print_score(rows)
-        data.write_json(
-            {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "frames": rows},
-            args.out / "score.json",
-        )
-        print(f"wrote {args.out / 'score.json'}")
-    rows = []
-    for frames, sample in list(zip(truth, codes))[: args.samples]:
-        made = ("model", tokenizer.decode(sample).cpu().numpy())
-        if 0 < len(frames) < args.frames:  # the truth ends before the continuation does
-            rest = np.full((args.frames - len(frames), *frames.shape[1:]), 255, np.uint8)
-            frames = np.concatenate((frames, rest))
-        rows.append([("truth", frames), made] if len(frames) else [made])
-    with dvae.atomic_open(args.out / "sample.npy") as file:
-        np.save(file, codes.cpu().numpy().astype(np.uint16))
-    data.write_gif(args.out / "sample.gif", rows, n_given)
-    data.write_strip(args.out / "sample.png", rows, n_given)
-    if args.mp4:
-        data.write_video(args.out / "sample.mp4", rows, n_given)
-    also = "sample.mp4, " if args.mp4 else ""
-    print(f"wrote {args.out / 'sample.gif'}, {also}sample.png and sample.npy; frames given: {n_given}")
+        write_score(args, codes, truth, n_given, tokenizer)
+    write_pictures(args, codes, truth, n_given, tokenizer)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 The same weights, exported by toto.export_hf, and the same number of tokens from the start token alone, drawn from all
 codes at temperature 1. Llama runs in float32 and, where the device multiplies it fast, in bfloat16, with its default
-cache and with its static one; ours as sample.py does, with a Decoder made before.
+cache and with its static one; ours as sample.py does, with a Cache made before. Beside ours stands the floor: what it
+takes only to read the weights and the cache from memory once a token.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,30 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-import sample
 import toto
+
+
+def memory_rate(device):
+    """Bytes a second that the device reads and writes, by copying 256 MB."""
+    x, seconds = torch.ones(2**26, device=device), []
+    y = torch.empty_like(x).copy_(x)
+    for _ in range(5):
+        started = time.perf_counter()
+        y.copy_(x)
+        y[-1].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * 4 * 2**26 / min(seconds)
+
+
+def report_speed(name, cache, n_tokens, seconds, rate):
+    """The time of a step beside its floor: all weights and the cache, which fills up, unless compiled, read once."""
+    c, itemsize = cache.model.config, cache.model.compute_dtype.itemsize
+    n_read = len(cache.positions) if cache.compiled_step else n_tokens / 2
+    n_bytes = itemsize * (cache.model.count_parameters() + 2 * cache.batch_size * c.n_layers * c.dim * n_read)
+    print(
+        f"{name}: a token of each of {cache.batch_size} takes {1e6 * seconds / n_tokens:,.0f} µs; only to read weights "
+        f"and cache, {n_bytes / 1e6:,.1f} MB at {rate / 1e9:,.0f} GB/s, {1e6 * n_bytes / rate:,.0f} µs"
+    )
 
 
 def main():
@@ -31,7 +55,7 @@ def main():
     parser.add_argument("--device")
     args = parser.parse_args()
     device = data.pick_device(args.device)
-    fast = data.fast_dtype(device)
+    fast, rate = data.fast_dtype(device), memory_rate(device)
     for size in args.sizes:
         torch.manual_seed(0)
         config = replace(toto.SIZES[size], vocab_size=toto.FIRST_CODE + args.codes)
@@ -43,7 +67,10 @@ def main():
         for B in args.batches:
             torch.compiler.reset()
             ids = torch.full((B, 1), toto.VIDEO_START, device=device)
-            decoders = [toto.Decoder(model, B, args.tokens + 1, compile) for compile in (False, True)]
+            caches = [
+                toto.Cache(toto.for_sampling(deepcopy(model), B, compile), B, args.tokens + 1, compile)
+                for compile in (False, True)
+            ]
 
             def theirs(llama, **cache):
                 with torch.inference_mode():
@@ -51,7 +78,7 @@ def main():
                         ids, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=True, top_k=0, **cache
                     )
 
-            ours = [lambda decoder=decoder: model.generate(ids, args.tokens, decoder=decoder) for decoder in decoders]
+            ours = [lambda cache=cache: cache.model.generate(ids, args.tokens, cache=cache) for cache in caches]
             ways = dict(zip(("ours", "ours, --compile"), ours))
             for llama in llamas:
                 name = f"Llama in {str(llama.dtype)[6:]}"
@@ -72,8 +99,8 @@ def main():
                 print(f"{size}, {B} at a time, {name:<32}{B * args.tokens / time_:>8,.0f} tokens/s  ours is "
                       f"{time_ / best['ours']:.2f} times as fast, compiled {time_ / best['ours, --compile']:.2f}",
                       flush=True)  # fmt: skip
-            for decoder, time_ in zip(decoders, best.values()):
-                sample.report_speed(model, decoder, B, args.tokens, args.tokens, time_, device)
+            for (name, time_), cache in zip(best.items(), caches):
+                report_speed(f"{size}, {name}", cache, args.tokens, time_, rate)
 
 
 if __name__ == "__main__":

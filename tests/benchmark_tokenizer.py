@@ -35,7 +35,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("media")
-    parser.add_argument("--resolution", type=data.resolution, default=128)
+    parser.add_argument("--resolution", type=dvae.frame_side, default=128)
     args = parser.parse_args()
     device = data.pick_device()
     shards = data.media_shards(args.media, args.resolution, stride=4)
@@ -61,9 +61,8 @@ def main():
             ours = dvae.DVAE(dvae.Config(), dtype).to(device).eval()
             ours.encoder.load_state_dict(theirs.state_dict())
             ours = ours.to(memory_format=torch.channels_last)
-            same = (
-                ours.encode(frames[:8]).cpu() == theirs(dall_e.map_pixels(pixels(frames[:8]))).argmax(1).cpu()
-            ).float()
+            codes = theirs(dall_e.map_pixels(pixels(frames[:8]))).argmax(dim=1).cpu()
+            same = (ours.encode(frames[:8]).cpu() == codes).float()
             speed = frames_per_second(lambda x: ours.encode(x).cpu(), frames)
             print(f"dvae.py, {str(dtype)[6:]}: {speed:.2f} frames/s, {speed / package:.2f} of the package's")
             print(f"  codes equal to the package's: {same.mean():.1%}")

@@ -92,9 +92,8 @@ def main():
             print(f"{size}, {B} x {T} tokens; matrix rate {peak / 1e12:.2f} TFLOP/s", flush=True)
             for name, times in seconds.items():
                 time_ = median(times)
-                print(
-                    f"  {name:<24}{B * T / time_:>9,.0f} tokens/s  MFU {flops / time_ / peak:4.0%}  {best / time_:.2f}"
-                )
+                speed = f"{B * T / time_:>9,.0f} tokens/s  MFU {flops / time_ / peak:4.0%}"
+                print(f"  {name:<24}{speed}  {best / time_:.2f} times Llama's", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import data
 import dvae
 
 
-# One thread: on two cores, two processes with two threads each would mostly wait for one another.
+# One thread, here and in the programs that tests start: models are tiny, and with more threads than free cores a step
+# takes a hundred times as long, since threads then mostly wait for one another.
+torch.set_num_threads(1)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 PAIR = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 

@@ -1,21 +1,27 @@
-"""data.py: sequences against hand-built ones, media against what was written, the sampler's promises."""
+"""data.py: sequences against hand-built ones, media against what was written, the sampler's promises, resuming."""
 
+import argparse
 import errno
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
 import dvae
 import toto
+from conftest import ENVIRONMENT, ROOT
 
 
 def write_video(path, n_frames, size=(48, 64), fps=30):
@@ -36,7 +42,7 @@ def fake_tokens(folder, lengths, grid=(2, 3), names=None):
     return data.Tokens(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------- sequences
+# Sequences.
 def test_sequence_by_hand():
     """§3.4: raster scan within a frame, frames in order, [1] before a video, [3] before images, [2] at the end."""
     codes = np.array([[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]], dtype=np.uint16)
@@ -65,7 +71,7 @@ def test_source_makes_windows_of_videos_and_groups_of_images(tmp_path):
     assert starts == {2, 3, 4, 5}
 
 
-# ------------------------------------------------------------------------------------------------------------ sampler
+# The sampler.
 def test_mixture_is_exact_over_any_window(tmp_path):
     """§3.3's four sources at 20, 10, 10 and 60 %: every window of every length holds its share, give or take one."""
     weights = [0.2, 0.1, 0.1, 0.6]
@@ -120,7 +126,7 @@ def test_validation_clips_are_disjoint_and_fixed(tmp_path):
     assert len(data.Source(one, 4, False, share=1.0)) == 1  # a single clip is for training
 
 
-# -------------------------------------------------------------------------------------------------------------- media
+# Media.
 def test_video_frames_stride_and_size(tmp_path):
     write_video(tmp_path / "v.mp4", 18, size=(48, 64))
     frames = list(data.read_frames(tmp_path / "v.mp4", 32, stride=4))
@@ -181,7 +187,7 @@ def test_crop_takes_the_place_asked_for():
     assert np.array_equal(data.crop(frame, 4, (1, 1)), frame[:, 6:])
 
 
-# ------------------------------------------------------------------------------------------------------ token folders
+# Token folders.
 def make_media(root):
     for name in ("a/one.png", "a/two.png", "b/three.png", "b/.hidden.png", "broken.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -207,15 +213,21 @@ def test_tokenize_a_folder(tmp_path, untrained_tokenizer, capsys):
     assert tokens.meta["tokenizer"] == untrained_tokenizer.fingerprint() and tokens.meta["precision"] == "float32"
 
 
-def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, untrained_tokenizer, monkeypatch):
+def read_folder(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".tmp"}
+
+
+def test_tokenizing_again_resumes_and_changes_nothing(tmp_path, untrained_tokenizer, monkeypatch):
     """A stop and a second run give the folder of an undisturbed run, file by file; so do two processes."""
     shards = data.world_shards(range(40), 32, n_frames=3)
     assert len(shards) == 3
-    read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-    data.tokenize(shards, tmp_path / "whole", untrained_tokenizer, 32, 1)
-    for rank in (1, 0):
-        data.tokenize(shards, tmp_path / "shared", untrained_tokenizer, 32, 1, rank=rank, world_size=2)
-    assert read(tmp_path / "shared") == read(tmp_path / "whole")
+    assert data.tokenize(shards, tmp_path / "whole", untrained_tokenizer, 32, 1) == 40
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "world_size", lambda: 2)
+        for rank, n_clips in ((1, 16), (0, 24)):
+            patch.setattr(data, "rank", lambda: rank)
+            assert data.tokenize(shards, tmp_path / "shared", untrained_tokenizer, 32, 1) == n_clips
+    assert read_folder(tmp_path / "shared") == read_folder(tmp_path / "whole")
 
     encode, calls = dvae.DVAE.encode, []
 
@@ -231,32 +243,52 @@ def test_tokenizing_again_goes_on_and_changes_nothing(tmp_path, untrained_tokeni
     with pytest.raises(ValueError, match="not a finished token folder"):
         data.Tokens(tmp_path / "cut")
     data.tokenize(shards, tmp_path / "cut", untrained_tokenizer, 32, 1)
-    assert read(tmp_path / "cut") == read(tmp_path / "whole")
+    assert read_folder(tmp_path / "cut") == read_folder(tmp_path / "whole")
     n = len(calls)
     data.tokenize(shards, tmp_path / "cut", untrained_tokenizer, 32, 1)
     assert len(calls) == n  # nothing was left to do
 
 
-def test_tokenizing_killed_goes_on_to_the_same_folder(tmp_path, untrained_tokenizer):
+def test_tokenizing_killed_resumes_to_the_same_folder(tmp_path, untrained_tokenizer, monkeypatch):
+    (tmp_path / "media").mkdir()
     for i in range(40):
-        (tmp_path / "media").mkdir(exist_ok=True)
-        write_video(tmp_path / "media" / f"{i}.mp4", 5)
+        path = tmp_path / "media" / f"{i}.mp4"
+        write_video(path, 5 + i) if i < 3 else shutil.copy(tmp_path / "media" / f"{i % 3}.mp4", path)
     dvae.save(untrained_tokenizer, tmp_path / "dvae.pt")
-    read = lambda folder: {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix != ".tmp"}
 
-    def start(out):
-        command = [sys.executable, "data.py", str(tmp_path / "media"), "--out", str(out), "--resolution", "16"]
-        command += ["--tokenizer", str(tmp_path / "dvae.pt"), "--device", "cpu"]
-        return subprocess.Popen(command, cwd=Path(data.__file__).parent, stderr=subprocess.DEVNULL)
+    def command(out):
+        command = ["data.py", str(tmp_path / "media"), "--out", str(out), "--resolution", "16", "--device", "cpu"]
+        return [*command, "--tokenizer", str(tmp_path / "dvae.pt")]
 
-    assert start(tmp_path / "whole").wait() == 0
-    killed = start(tmp_path / "killed")
+    def tokenize(out):
+        monkeypatch.setattr(sys, "argv", command(out))
+        data.main()
+
+    tokenize(tmp_path / "whole")
+    killed = subprocess.Popen(
+        [sys.executable, *command(tmp_path / "killed")], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
     while killed.poll() is None and not (tmp_path / "killed" / "00000.json").exists():
         time.sleep(0.002)
     killed.kill()
     assert killed.wait() != 0, "it was not killed in its middle"
-    assert start(tmp_path / "killed").wait() == 0
-    assert len(read(tmp_path / "whole")) == 7 and read(tmp_path / "killed") == read(tmp_path / "whole")
+    first = (tmp_path / "killed" / "00000.npy").stat()
+    assert not (tmp_path / "killed" / "00002.json").exists()
+    tokenize(tmp_path / "killed")
+    assert len(read_folder(tmp_path / "whole")) == 7
+    assert read_folder(tmp_path / "killed") == read_folder(tmp_path / "whole")
+    assert (tmp_path / "killed" / "00000.npy").stat().st_ino == first.st_ino  # finished shards are not made again
+
+
+def test_a_cache_makes_every_folder_once(tmp_path, untrained_tokenizer, monkeypatch):
+    shards = data.world_shards(range(3), 16, n_frames=2)
+    cached = lambda *how: data.tokenize_cached("clips", shards, tmp_path, untrained_tokenizer, *how)
+    tokens = cached(16, 1)
+    assert isinstance(tokens, data.Tokens) and tokens.length.tolist() == [2, 2, 2]
+    others = [cached(16, 2), cached(16, 1, 3), cached(8, 1)]
+    assert len({tokens.folder, *(other.folder for other in others)}) == 4
+    monkeypatch.setattr(dvae.DVAE, "encode", None)
+    assert cached(16, 1).folder == tokens.folder
 
 
 @pytest.mark.parametrize(
@@ -294,31 +326,43 @@ def test_uneven_timestamps_keep_their_frames(tmp_path):
         assert abs(frame.astype(float) - original).mean() < 12
 
 
-def test_crops_are_clips_of_their_own(tmp_path, untrained_tokenizer):
-    shards = [
-        [
-            data.Item(
-                "v", lambda: ({"class": "a"}, np.random.default_rng(0).integers(0, 255, (5, 16, 48, 3), dtype=np.uint8))
-            )
-        ]
-    ]
-    data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 1, crops=3)
-    tokens = data.Tokens(tmp_path / "t")
-    frames = shards[0][0].read()[1]
-    assert tokens.length.tolist() == [5, 5, 5] and tokens.names == ["v", "v", "v"]
-    candidates = [untrained_tokenizer.encode(frames[:, :, left : left + 16]).numpy() for left in range(33)]
-    for clip in range(3):  # every crop is the same place in all frames of the clip
-        assert any(np.array_equal(tokens.codes(clip), c) for c in candidates)
+class RedOfTheCorner:
+    """All that data.py asks of a tokenizer: here a code is the red of the first of its 8 x 8 pixels."""
+
+    config, compute_dtype, pixels_per_code = SimpleNamespace(vocab_size=256), torch.float32, 8
+
+    def encode(self, frames):
+        return torch.as_tensor(frames[:, ::8, ::8, 0]).long()
+
+    def fingerprint(self):
+        return "red"
+
+
+def test_crops_are_clips_of_their_own(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (5, 16, 48, 3), dtype=np.uint8)
+    shards = [[data.Item("v", lambda: ({"class": "a"}, frames)), data.Item("w", lambda: ({}, frames[:2]))]]
+    data.tokenize(shards, tmp_path / "random", RedOfTheCorner(), 16, 1, crops=3)
+    tokens = data.Tokens(tmp_path / "random")
+    assert tokens.length.tolist() == [5, 5, 5, 2, 2, 2] and tokens.names == [*"vvvwww"]
+    assert tokens.labels == {"class": ["a", "a", "a", None, None, None]}
+    cut = lambda left: frames[:, ::8, left : left + 16 : 8, 0]
+    lefts = [[left for left in range(33) if np.array_equal(tokens.codes(clip), cut(left))] for clip in range(3)]
+    # Every crop is the same place in all frames of the clip, and not the same place as another crop.
+    assert all(len(found) == 1 for found in lefts) and len({left for (left,) in lefts}) == 3
+    data.tokenize(shards, tmp_path / "three", RedOfTheCorner(), 16, 1, crops=data.THREE)
+    tokens = data.Tokens(tmp_path / "three")
+    for clip, left in enumerate((0, 16, 32)):  # both ends and the middle
+        assert np.array_equal(tokens.codes(clip), cut(left)) and np.array_equal(tokens.codes(clip + 3), cut(left)[:2])
 
 
 def test_a_folder_made_otherwise_is_refused(tmp_path, untrained_tokenizer):
     shards = data.world_shards(range(2), 16, n_frames=2)
     data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 1)
-    with pytest.raises(ValueError, match="was made with stride 1, not 4"):
+    with pytest.raises(ValueError, match="its stride is 1, here it is 4; use another folder"):
         data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 4)
-    with pytest.raises(ValueError, match="was made with tokenizer"):
+    with pytest.raises(ValueError, match="its tokenizer is"):
         data.tokenize(shards, tmp_path / "t", dvae.DVAE(untrained_tokenizer.config), 16, 1)
-    with pytest.raises(ValueError, match="was made with source"):
+    with pytest.raises(ValueError, match="its source is , here it is other"):
         data.tokenize(shards, tmp_path / "t", untrained_tokenizer, 16, 1, source="other")
 
 
@@ -402,7 +446,7 @@ def test_folders_without_media(tmp_path):
         data.find_media(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------------------- world
+# The world.
 def test_world_is_deterministic_and_balanced():
     a, b = data.world_clip(7), data.world_clip(7)
     assert np.array_equal(a.frames, b.frames) and a.labels == b.labels
@@ -462,3 +506,185 @@ def test_gif_and_strip_can_be_read_back(tmp_path):
     green = lambda picture: (picture[..., 1] > picture[..., 0].astype(int) + 100).sum()
     assert green(gif[1]) > green(gif[2]) + 100  # the given frames are marked
     assert Image.open(tmp_path / "x.png").size[0] == 5 * (144 + 4)
+
+
+# Files, stopping and resuming, flags.
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError):
+        with data.atomic_open(path) as file:
+            file.write(b"half of the new")
+            raise RuntimeError
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+class Loop:
+    """A training whose state is the list of the steps it has done; `stop(step)` may end it within a step."""
+
+    def __init__(self):
+        self.saved, self.calls = [], []
+
+    def resume(self):
+        self.done = list(self.saved)
+        return len(self.saved)
+
+    def save(self, done):
+        assert done == len(self.done)
+        self.saved = list(self.done)
+        self.calls.append(("save", done))
+
+    def after_save(self, done):
+        self.calls.append(("after", done))
+
+    def run(self, n_steps, save_every=3, stop=lambda step: None, after_save=None):
+        after_save = after_save or self.after_save
+        for step, bar in data.resumable_steps("loop", n_steps, self.resume, self.save, save_every, after_save):
+            assert bar.n == step
+            stop(step)
+            self.done.append(step)
+
+
+def raise_at(*moments):
+    """A callback that raises RuntimeError at each of these moments, the first time it comes."""
+    left = set(moments)
+
+    def fail(moment):
+        if moment in left:
+            left.remove(moment)
+            raise RuntimeError(f"stopped at {moment}")
+
+    return fail
+
+
+def test_an_interrupted_loop_resumes_from_its_last_save():
+    loop, stop = Loop(), raise_at(1, 5, 7)
+    for moment in (1, 5, 7):
+        with pytest.raises(RuntimeError, match=f"stopped at {moment}"):
+            loop.run(8, stop=stop)
+    assert loop.saved == [0, 1, 2, 3, 4, 5]
+    loop.run(8, stop=stop)
+    assert loop.saved == list(range(8)) and [done for what, done in loop.calls if what == "save"] == [3, 6, 8]
+
+
+def test_after_save_is_made_up_for():
+    """It may fail: the save it follows is good, and the next run calls it again for that save, before any step."""
+    loop, fail = Loop(), raise_at(3, 8)
+
+    def after_save(done):
+        fail(done)
+        loop.after_save(done)
+
+    for done in (3, 8):
+        with pytest.raises(RuntimeError):
+            loop.run(8, after_save=after_save)
+        assert len(loop.saved) == done
+    loop.run(8, after_save=after_save)
+    assert loop.calls == [(what, done) for done in (3, 6, 8) for what in ("save", "after")]
+
+
+def test_a_loop_may_start_late():
+    """At a step before which nothing was saved, so that there is nothing to make up for."""
+    steps, calls = [], []
+    for step, bar in data.resumable_steps("loop", 8, save=calls.append, save_every=3, after_save=calls.append, start=6):
+        assert bar.n == step
+        steps.append(step)
+    assert steps == [6, 7] and calls == [8, 8]
+
+
+def test_without_a_number_of_steps_a_loop_saves_every_minute(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(data, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def half_a_minute(step):
+        now[0] += 25
+
+    loop = Loop()
+    loop.run(8, save_every=None, stop=half_a_minute)
+    assert loop.calls == [(what, done) for done in (3, 6, 8) for what in ("save", "after")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(number, capsys):
+    """Then KeyboardInterrupt, without what follows a save. A second signal would kill; afterwards all is as before."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    loop = Loop()
+
+    def stop(step):
+        assert signal.getsignal(number) not in (*before, signal.SIG_DFL)
+        if step == 4:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_DFL
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(8, stop=stop)
+    assert loop.saved == [0, 1, 2, 3, 4] and loop.calls == [("save", 3), ("after", 3), ("save", 5)]
+    assert "stopped and saved at step 5" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    loop.run(8)
+    assert loop.saved == list(range(8))
+
+
+def test_handlers_of_signals_are_restored():
+    handlers = lambda: [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = handlers()
+    Loop().run(2)
+    assert handlers() == before
+    with pytest.raises(RuntimeError):
+        Loop().run(2, stop=raise_at(1))
+    assert handlers() == before
+    for _ in data.resumable_steps("no save", 2):  # nothing could be saved: a signal stops it as any program
+        assert handlers() == before
+
+
+def test_a_state_is_restored_or_refused(tmp_path, monkeypatch):
+    model, other, path = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3), tmp_path / "state"
+    written, read = (data.state_file(path, {"model": m}, {"a": (1, 2)}) for m in (model, other))
+    assert read["resume"]() == 0
+    monkeypatch.setattr(data, "rank", lambda: 1)
+    written["save"](7)
+    assert not path.exists()  # one process writes
+    monkeypatch.undo()
+    written["save"](7)
+    assert read["resume"]() == 7 and torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
+    third = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"state: its a is \(1, 2\), here it is 3; remove it to start over"):
+        data.state_file(path, {"model": third}, {"a": 3})["resume"]()
+    assert data.state_file(path, {"model": third}, {"a": 3}, refuse=False)["resume"]() == 0
+    assert not torch.equal(third.weight, model.weight)
+    for content in (path.read_bytes()[:-100], b"hello", b"something else", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not the state of a stopped training; remove it to start over"):
+            read["resume"]()
+
+
+@pytest.mark.parametrize(
+    "parse, good, bad",
+    [
+        (data.number(int, at_least=1), {"1": 1, "30": 30}, ["0", "-1", "1.5", "x", ""]),
+        (data.number(int, at_least=0), {"0": 0}, ["-1"]),
+        (data.number(int, at_least=8, multiple_of=8), {"8": 8, "128": 128}, ["0", "-8", "4", "12"]),
+        (data.number(float, above=0), {"1e-9": 1e-9, "3": 3.0}, ["0", "-1", "inf", "nan", "x"]),
+        (data.number(float, at_least=0), {"0": 0.0}, ["-1e-9", "inf", "nan"]),
+        (data.number(float), {"-1e30": -1e30}, ["inf", "-inf", "nan"]),
+    ],
+)
+def test_numbers_within_bounds(parse, good, bad):
+    for text, value in good.items():
+        assert parse(text) == value and type(parse(text)) is type(value)
+    for text in bad:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            parse(text)
+
+
+def test_what_a_user_reads_of_a_bad_number(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=data.number(int, at_least=8, multiple_of=8))
+    for text, message in {
+        "4": "must be at least 8",
+        "12": "must be a multiple of 8",
+        "x": "invalid int value: 'x'",
+    }.items():
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--n", text])
+        assert f"argument --n: {message}" in capsys.readouterr().err

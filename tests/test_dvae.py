@@ -2,19 +2,23 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import data
 import dvae
-from conftest import ENVIRONMENT, PAIR, ROOT, run
+from conftest import ENVIRONMENT, ROOT, run
 
 TINY = dvae.Config(n_hid=8, blocks_per_group=2, n_init=8, vocab_size=32)
 NARROW = dvae.Config(n_hid=8, blocks_per_group=1, n_init=16, vocab_size=64, residual_gain=1.0)
@@ -76,8 +80,7 @@ def test_openai_files_are_read_without_the_package(tmp_path, monkeypatch, n_hid,
     for name in [name for name in sys.modules if name.split(".")[0] == "dall_e"]:
         monkeypatch.setitem(sys.modules, name, None)  # as if the package were not installed
     model = dvae.load(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dvae.py", "--convert", str(tmp_path), "--out", str(tmp_path / "copy.pt")])
-    dvae.main()
+    dvae.save(model, tmp_path / "copy.pt")
     for model in (model, dvae.load(tmp_path / "copy.pt")):
         assert model.config == dvae.Config(n_hid, 2, n_init, vocab_size)
         assert torch.equal(model.encode(frames)[clear], codes[clear]) and clear.float().mean() > 0.9
@@ -103,55 +106,130 @@ def test_initial_weights():
     assert conv.w.std().item() == pytest.approx((64 * 9) ** -0.5, rel=0.03) and not conv.b.any()
 
 
-def test_folding_the_bottleneck_changes_nothing():
-    """The warm-started dVAE and the plain one it becomes give the same codes and, from hard codes, the same pixels."""
+def random_frames(n, side=16):
+    return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def world_frames(n, side=16, first=0):
+    return np.concatenate([data.world_clip(first + i, 4, side).frames for i in range(-(-n // 4))])[:n]
+
+
+def test_gumbel_softmax_draws_from_the_softmax():
+    """Its argmax, over 20,000 draws, is as frequent as the softmax says: a χ² of 5 codes, above 25 in 1 of 20,000."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    expected = 20_000 * logits.softmax(dim=0)
+    many = logits[None, :, None, None].expand(200, 5, 10, 10)
+    codes = dvae.gumbel_softmax(many, 0.5, torch.Generator().manual_seed(0))
+    counts = torch.bincount(codes.argmax(dim=1).flatten(), minlength=5)
+    assert ((counts - expected) ** 2 / expected).sum() < 25
+    # Each place draws on its own: two neighbours are the same as often as chance has it.
+    same = (codes.argmax(dim=1)[..., 1:] == codes.argmax(dim=1)[..., :-1]).float().mean()
+    assert same.item() == pytest.approx(logits.softmax(dim=0).pow(2).sum().item(), abs=0.02)
+
+
+def test_gumbel_softmax_at_a_temperature():
+    """Nearly one-hot where it is low, near to even where it is high, and between the two what PyTorch's own gives."""
+    logits = torch.randn(8, 32, 5, 5, generator=torch.Generator().manual_seed(0))
+    draw = lambda temperature: dvae.gumbel_softmax(logits, temperature, torch.Generator().manual_seed(1))
+    cold, hot = draw(1e-3), draw(1e3)
+    assert (cold.amax(dim=1) > 0.99).float().mean() > 0.95 and torch.equal(cold.argmax(dim=1), hot.argmax(dim=1))
+    assert hot.amax() < 1.1 / 32
+    torch.testing.assert_close(hot.sum(dim=1), torch.ones(8, 5, 5))
+    torch.manual_seed(2)
+    theirs = F.gumbel_softmax(logits, 0.7, dim=1)
+    torch.manual_seed(2)
+    torch.testing.assert_close(dvae.gumbel_softmax(logits, 0.7), theirs)
+
+
+def test_a_cold_relaxation_decodes_codes():
+    """At a temperature near 0 a training pass decodes what `decode` does; at 1 gradients reach the encoder."""
     torch.manual_seed(0)
-    warm = dvae.Relaxed(dvae.DVAE(TINY), width=16)
-    frames = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    model, frames = dvae.DVAE(TINY), random_frames(2)
+    draw = lambda: torch.Generator().manual_seed(1)
+    output, logits = model(frames, 1e-6, draw())
+    torch.testing.assert_close(logits, model.encoder(model.prepare(frames)))
+    codes = dvae.gumbel_softmax(logits, 1.0, draw()).argmax(dim=1)
+    assert not torch.equal(codes, model.encode(frames))  # they are drawn
+    pixels = 255 * dvae.to_pixels(output).clamp(0, 1).permute(0, 2, 3, 1)
+    assert (pixels - model.decode(codes)).abs().max() < 0.51
+    model(frames, 1.0, draw())[0].sum().backward()
+    assert model.encoder.blocks.input.w.grad.abs().sum() > 0
+
+
+def test_place_codes_folds_the_codebook_into_the_dvae():
+    """The plain dVAE picks the nearest entry of the codebook and decodes it as the autoencoder would."""
+    torch.manual_seed(0)
+    warm, frames = dvae.WarmStart(dvae.DVAE(TINY), width=5), random_frames(40, 32)
     with torch.no_grad():
-        z = warm.latents(frames)
-        warm.start_codes(z.permute(0, 2, 3, 1).flatten(0, 2), torch.Generator().manual_seed(0))
-        codes = warm.to_logits(z).argmax(dim=1)
-        expected = dvae.to_pixels(warm.model.decoder(warm.expand(warm.codebook[codes].permute(0, 3, 1, 2))))
-        # The logits are the scaled distances to the codebook: the nearest entry wins.
-        nearest = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), warm.codebook).argmin(dim=1)
-    warm.fold()
+        for bias in (warm.squeeze.b, warm.expand.b):
+            bias.normal_()  # as after training
+        z = torch.cat([warm.latents(frames[:32]), warm.latents(frames[32:])]).permute(0, 2, 3, 1)
+        E, s = dvae.k_means(z.flatten(0, 2), 32, torch.Generator().manual_seed(0))
+    warm.place_codes(frames, torch.Generator().manual_seed(0))
     plain = warm.model
-    assert torch.equal(codes.flatten(), nearest)
-    assert (plain.encode(frames) == codes).float().mean() > 0.99  # rounding may move a near tie
-    got = plain.decode(codes).permute(0, 3, 1, 2) / 255
-    assert (got - expected.clamp(0, 1)).abs().max() < 1.1 / 255
+    with torch.no_grad():
+        distances = (z[..., None, :] - E).pow(2).sum(dim=-1)
+        logits = plain.encoder(plain.prepare(frames)).permute(0, 2, 3, 1)
+        torch.testing.assert_close(logits.softmax(dim=-1), (-s * distances).softmax(dim=-1), atol=1e-4, rtol=1e-3)
+        codes = plain.encode(frames)
+        assert (codes == distances.argmin(dim=-1)).float().mean() > 0.99  # rounding may move a near tie
+        assert len(codes.unique()) > 16
+        expected = dvae.to_pixels(plain.decoder(warm.expand(E[codes].permute(0, 3, 1, 2))))
+    assert (plain.decode(codes).permute(0, 3, 1, 2) / 255 - expected.clamp(0, 1)).abs().max() < 0.51 / 255
 
 
-@pytest.mark.parametrize("change", [{}, {"straight_through": True}])
-def test_training_learns_and_uses_its_codes(change):
+def test_k_means_finds_what_is_rare():
+    """Eight heaps far apart, one of nearly all points: each has a code close by, and the scale is of the heaps."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([20_000, *[30] * 7])
+    heap = torch.arange(8).repeat_interleave(sizes)
+    z = 100 * torch.eye(8)[heap] + torch.randn(len(heap), 8, generator=rng)
+    E, s = dvae.k_means(z, 32, rng)
+    assert E.shape == (32, 8) and torch.cdist(z, E).amin(dim=1).max() < 10
+    assert 1 / 16 < s < 1  # 1 / the squared distance to a code, which is up to 8 in eight dimensions
+    E, s = dvae.k_means(torch.ones(50, 4), 8, rng)  # a single point
+    assert torch.equal(E, torch.ones(8, 4)) and s.isfinite()
+
+
+@pytest.mark.parametrize("change, steps, n_codes", [({}, 100, 8), ({"laplace": True}, 150, 2)])
+def test_training_learns_and_uses_its_codes(change, steps, n_codes):
     """On the world at 32 pixels a short training must beat the best constant picture by far and use many codes."""
-    frames = np.concatenate([data.world_clip(i, 4, 32).frames for i in range(100)])
-    model = dvae.train(lambda i: frames, NARROW, replace(dvae.LAPTOP, steps=300), **change)
+    frames = world_frames(400, 32)
+    model = dvae.train(lambda i: frames, NARROW, replace(dvae.LAPTOP, steps=steps, **change), seed=1)
     score = dvae.measure(model, frames[:64])
     mean = frames.mean(axis=(0, 1, 2))
     constant = 20 * np.log10(255) - 10 * np.log10(((frames - mean) ** 2).mean())
     assert score["psnr"] > constant + 2
-    assert score["codes_in_use"] >= 24 and score["perplexity"] > 4
+    assert score["codes_in_use"] >= n_codes
 
 
 def test_openai_recipe():
-    """The numbers of Ramesh et al., appendix A.2, and what each part does to a short training."""
+    """The numbers of Ramesh et al., appendix A.2, and what the KL term does to a short training."""
     r = dvae.OPENAI
     assert (r.steps, r.batch, r.lr, r.lr_end) == (1_200_000, 512, 1e-4, 1.25e-6)
     assert (r.betas, r.kl, r.ema) == ((0.9, 0.999), 6.6, 0.999)
     assert r.laplace and not r.warm_start
-    frames = np.concatenate([data.world_clip(i, 4, 16).frames for i in range(50)])
-    run = lambda recipe: dvae.train(lambda i: frames, NARROW, recipe)
-    short = replace(dvae.LAPTOP, steps=300, laplace=True, ema=0.9)
-    after, last = (dvae.measure(run(recipe), frames)["psnr"] for recipe in (short, replace(short, ema=0)))
-    # A mean that never moves from the first weights shows that it is the mean that is kept.
-    before = dvae.measure(run(replace(short, ema=1 - 1e-9)), frames)["psnr"]
-    assert after > before + 2 and abs(after - last) < 2 and after != last
-    short = replace(r, steps=60, batch=8, lr=3e-3)
-    prepared = dvae.DVAE(NARROW).prepare(frames)
-    kl = lambda weight: dvae.kl_to_uniform(run(replace(short, kl=weight, ema=0)).encoder(prepared))
-    assert kl(100) < kl(0) / 2
+    frames = world_frames(32)
+    short = replace(r, steps=40, batch=4, lr=3e-3, ema=0)
+    trained = lambda weight: dvae.train(lambda i: frames, NARROW, replace(short, kl=weight))
+    kl = lambda model: dvae.kl_to_uniform(model.encoder(model.prepare(frames)))
+    assert kl(trained(100)) < kl(trained(0)) / 2
+
+
+def test_the_running_mean_of_the_weights(tmp_path):
+    """OpenAI's recipe keeps w̄ ← 0.9 w̄ + 0.1 w, here by hand from the weights after every step."""
+    frames, weights = world_frames(32), []
+    recipe = replace(dvae.OPENAI, steps=8, batch=4, lr=3e-3, ema=0)
+    keep = lambda model: weights.append({name: w.clone() for name, w in model.state_dict().items()})
+    dvae.train(lambda i: frames, NARROW, recipe, path=tmp_path / "state", settings={}, save_every=1, show=keep)
+    assert len(weights) == 8
+    mean = weights[0]
+    for later in weights[1:]:
+        mean = {name: 0.9 * w + 0.1 * later[name] for name, w in mean.items()}
+    kept = dvae.train(lambda i: frames, NARROW, replace(recipe, ema=0.9)).state_dict()
+    for name in mean:
+        torch.testing.assert_close(kept[name], mean[name])
+    assert not torch.allclose(kept["encoder.blocks.input.w"], weights[-1]["encoder.blocks.input.w"])
 
 
 def test_losses_against_torch_distributions():
@@ -168,48 +246,69 @@ def test_losses_against_torch_distributions():
     torch.testing.assert_close(dvae.kl_to_uniform(logits), torch.distributions.kl_divergence(q, uniform).mean())
 
 
-def test_straight_through_decodes_hard_codes():
-    """The output is that of one code at each place, at any temperature; gradients still reach the encoder."""
-    torch.manual_seed(0)
-    relaxed = dvae.Relaxed(dvae.DVAE(TINY))
-    frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    draw = lambda: torch.Generator().manual_seed(1)
-    output, logits = relaxed(frames, 1.0, straight_through=True, generator=draw())
-    gumbel = -torch.empty_like(logits).exponential_(generator=draw()).log()
-    codes = (logits + gumbel).argmax(dim=1)
-    torch.testing.assert_close(output, relaxed.model.decoder(relaxed.model.decoder.embed(codes)))
-    output.sum().backward()
-    assert relaxed.model.encoder.blocks.input.w.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("recipe", [dvae.LAPTOP, replace(dvae.OPENAI, ema=0.5)])
+@pytest.mark.parametrize("recipe", [replace(dvae.LAPTOP, warm_start=0.5), replace(dvae.OPENAI, ema=0.5)])
 def test_training_resumes_exactly(tmp_path, monkeypatch, recipe):
-    """Stopped in every phase and at a change of the pool, by an error after a save, it ends with the same weights."""
+    """Stopped by an error after every save, in each phase and around changes of the pool: the same weights."""
     monkeypatch.setattr(dvae, "POOL", 8)  # a pool for 8 steps
     recipe = replace(recipe, steps=20, batch=4)
-    pools = [np.concatenate([data.world_clip(8 * i + k, 1, 16).frames for k in range(8)]) for i in range(3)]
-    train = lambda path, **how: dvae.train(pools.__getitem__, NARROW, recipe, path=path, plan={"a": 1}, **how)
+    pools = [world_frames(8, first=8 * i) for i in range(3)]
+    read_pool = lambda i: pools[i % 3]
+    train = lambda path, **how: dvae.train(read_pool, NARROW, recipe, path=path, settings={"a": 1}, **how)
     whole = train(tmp_path / "whole", save_every=1000).fingerprint()
-    saves = []
+    saves, atomic_open = [], data.atomic_open
 
-    def stop(model):
-        saves.append(model.fingerprint())
+    @contextmanager
+    def write_and_stop(path):
+        with atomic_open(path) as file:
+            yield file
+        saves.append((path.name, torch.load(path, weights_only=True)["step"]))
         raise RuntimeError("stopped")
 
-    for _ in range(20):
-        try:
-            model = train(tmp_path / "stopped", save_every=3, show=stop)
-            break
-        except RuntimeError as error:
-            assert str(error) == "stopped"
-    assert model.fingerprint() == whole and len(set(saves)) == len(saves) >= 4
-    with pytest.raises(ValueError, match="its a is 1, here it is 2; remove it to start over"):
-        dvae.train(pools.__getitem__, NARROW, recipe, path=tmp_path / "stopped", plan={"a": 2})
-    with pytest.raises(ValueError, match="its gradient is|the loss is nan"):
-        dvae.train(lambda i: pools[0], NARROW, replace(recipe, lr=1e30, steps=60), path=tmp_path / "nan", save_every=7)
-    if (tmp_path / "nan").exists():  # what was saved before is good
-        kept = torch.load(tmp_path / "nan", weights_only=True)["relaxed"]
-        assert all(tensor.isfinite().all() for tensor in kept.values())
+    monkeypatch.setattr(data, "atomic_open", write_and_stop)
+    expected = [("x-warm-start", step) for step in (3, 6, 9, 10)] + [("x", step) for step in (12, 15, 18, 20)]
+    if not recipe.warm_start:
+        expected = [("x", step) for step in (3, 6, 9, 12, 15, 18, 20)]
+    for _ in expected:
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(tmp_path / "x", save_every=3)
+    assert train(tmp_path / "x", save_every=3).fingerprint() == whole and saves == expected
+    for state in sorted(tmp_path.glob("x*")):  # the second phase's, and where there is none, the first's
+        with pytest.raises(ValueError, match=f"{state.name}: its a is 1, here it is 2; remove it to start over"):
+            dvae.train(read_pool, NARROW, recipe, path=tmp_path / "x", settings={"a": 2})
+        state.unlink()
+
+
+@pytest.mark.parametrize("recipe", [dvae.LAPTOP, dvae.OPENAI])
+def test_what_is_no_number_is_not_saved(tmp_path, recipe):
+    frames = world_frames(8)
+    recipe = replace(recipe, steps=60, batch=4, lr=1e30)
+    with pytest.raises(ValueError, match="step 2: the loss is .*, its gradient"):
+        dvae.train(lambda i: frames, NARROW, recipe, path=tmp_path / "x", settings={}, save_every=1)
+    (path,) = tmp_path.iterdir()
+    state = torch.load(path, weights_only=True)
+    assert state["step"] == 1
+    assert all(w.isfinite().all() for w in state["parts"]["warm" if recipe.warm_start else "model"].values())
+
+
+def test_processes_draw_frames_of_their_own(monkeypatch):
+    """Each a share of the batch, from the pool whose turn it is; the same again whenever the same step is drawn."""
+    pools = [world_frames(200), world_frames(200, first=100)]
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    monkeypatch.setattr(dvae, "POOL", 8)  # eight steps of four frames are four times as many
+    recipe, draws = replace(dvae.LAPTOP, batch=8), {}
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        for step in (0, 1, 7, 8):
+            draw = lambda: dvae.draw_frames(pools.__getitem__, recipe, 0, step, torch.device("cpu"))
+            (pixels, target, noise_seed), again = draw(), draw()
+            assert pixels.shape == (4, 16, 16, 3) and torch.equal(again[0], pixels) and again[2] == noise_seed
+            torch.testing.assert_close(255 * target.permute(0, 2, 3, 1), pixels.float())
+            pool = pools[step // 8].reshape(200, -1)
+            assert all((pool == frame.flatten().numpy()).all(axis=1).any() for frame in pixels)
+            draws[noise_seed] = pixels.numpy().tobytes()
+    assert len(draws) == len(set(draws.values())) == 8
+    with pytest.raises(ValueError, match="9 frames .*cannot be shared evenly by 2 processes"):
+        dvae.train(pools.__getitem__, NARROW, replace(recipe, batch=9))
 
 
 def test_schedules():
@@ -221,60 +320,109 @@ def test_schedules():
     assert dvae.schedule(r, 150_000)[1] == pytest.approx(1 / 16) == pytest.approx(dvae.schedule(r, 10**6)[1])
     assert dvae.schedule(r, 600_000)[0] == pytest.approx((1e-4 + 1.25e-6) / 2)
     assert dvae.schedule(r, 1_200_000)[0] == pytest.approx(1.25e-6)
-    assert dvae.schedule(dvae.LAPTOP, 539)[1] is None and dvae.schedule(dvae.LAPTOP, 540)[1] == 1
+    temperature = lambda step: dvae.schedule(dvae.LAPTOP, step)[1]  # phase 2 begins at step 540, after 0.3 of 1,800
+    assert temperature(540) == 1 > temperature(541) and temperature(1350) == pytest.approx(1 / 16)
 
 
-def tokenizer_command(out, *extra):
-    return ["dvae.py", "--resolution", "16", "--steps", "60", "--save-every", "10", "--device", "cpu",
-            "--out", str(out), *extra]  # fmt: skip
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of 24 small pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, frame in enumerate(world_frames(96)[::4]):
+        Image.fromarray(frame).save(folder / f"{i}.png")
+    return folder
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_program_goes_on(tmp_path, sign):
-    out, state = tmp_path / "dvae.pt", tmp_path / "dvae.pt.training"
+def command(pictures, out, *extra):
+    return ["dvae.py", "--data", str(pictures), "--resolution", "16", "--steps", "60", "--batch", "4",
+            "--save-every", "10", "--device", "cpu", *extra, "--out", str(out)]  # fmt: skip
+
+
+@pytest.mark.parametrize("sign, phase, suffix", [
+    (signal.SIGKILL, "warm start", ".training-warm-start"), (signal.SIGTERM, "tokenizer", ".training"),
+])  # fmt: skip
+def test_a_stopped_program_resumes(tmp_path, pictures, monkeypatch, capsys, sign, phase, suffix):
+    """In either phase, at the step of the last save; when it is done, only the tokenizer and its picture are left."""
+    out, state = tmp_path / "dvae.pt", tmp_path / f"dvae.pt{suffix}"
     process = subprocess.Popen(
-        [sys.executable, *tokenizer_command(out, "--straight-through")],
+        [sys.executable, *command(pictures, out)],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     while process.poll() is None and not state.exists():
-        time.sleep(0.005)
+        time.sleep(0.002)
     process.send_signal(sign)
     output = process.communicate()[0]
     assert state.exists() and not out.exists(), output
+    step = torch.load(state, weights_only=True)["step"]
     if sign == signal.SIGTERM:
-        assert process.returncode == 130 and "stopped and saved at step" in output and "Traceback" not in output
-    refused = run(tokenizer_command(out, "--straight-through", "--seed", "1"), status=2)
-    assert "its seed is 0, here it is 1; remove it to start over" in refused.stderr
-    run(tokenizer_command(out, "--straight-through"))
+        assert process.returncode == 130 and "Traceback" not in output
+        assert f"stopped and saved at step {step};" in output
+
+    def main(*extra):
+        monkeypatch.setattr(sys, "argv", command(pictures, out, *extra))
+        dvae.main()
+
+    with pytest.raises(ValueError, match="its seed is 0, here it is 1; remove it to start over"):
+        main("--seed", "1")
+    capsys.readouterr()
+    main()
+    shown = capsys.readouterr()
+    assert re.search(rf"{phase}: .*?(\d+)/", shown.err)[1] == str(step)  # where the progress bar begins
+    assert "dB on held-out frames" in shown.out
     left = sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".tmp"))
     assert left == ["dvae.png", "dvae.pt"] and dvae.load(out).config == dvae.SMALL
-    for again in ([], ["--convert", "."]):
-        assert "exists already" in run(tokenizer_command(out, *again), status=2).stderr
+    with pytest.raises(ValueError, match="exists already"):
+        main()
 
 
-TRAIN_TOGETHER = """
-import numpy as np, torch, data, dvae
-from dataclasses import replace
-rank, world_size = dvae.start_processes(torch.device("cpu"))
-frames = np.concatenate([data.world_clip(100 * rank + k, 1, 16).frames for k in range(20)])
-recipe = replace(dvae.LAPTOP, steps=20, batch=4)
-model = dvae.train(lambda i: frames, dvae.SMALL, recipe, rank=rank, world_size=world_size)
-print("weights", model.fingerprint())
+TOGETHER = """
+import os, socket, sys
+import torch
+import data, dvae
+
+place_codes, train_codes = dvae.WarmStart.place_codes, dvae.train_codes
+
+def place_and_tell(warm, *how):
+    sys.stdout.write(f"weights autoencoder {warm.model.fingerprint()}\\n")  # in one piece
+    sys.stdout.flush()
+    place_codes(warm, *how)
+
+def train_and_tell(*how, **more):
+    model = train_codes(*how, **more)
+    sys.stdout.write(f"weights {sys.argv[-1]} {model.fingerprint()}\\n")
+    sys.stdout.flush()
+    return model
+
+def main():
+    for recipe, name in ((dvae.LAPTOP, "laptop"), (dvae.OPENAI, "openai")):
+        dvae.SIZES["small"] = dvae.Config(n_hid=8, blocks_per_group=1, n_init=16, vocab_size=64), recipe
+        sys.argv[-1] = sys.argv[-1].replace("laptop", name)
+        dvae.main()
+        data.start_processes = lambda device: None  # they are
+
+def process(rank, world_size, port):  # in surroundings as torchrun makes them
+    surroundings = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in surroundings.items()}
+    data.run(main)
+
+dvae.WarmStart.place_codes, dvae.train_codes = place_and_tell, train_and_tell
+torch.optim.AdamW([torch.zeros(1)])  # imports for a second, once and not in each process
+with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]  # a free one
+torch.multiprocessing.start_processes(process, (2, port), nprocs=2, start_method="fork")
 """
 
 
-def test_two_processes_train_one_tokenizer(tmp_path):
-    """Each draws from frames of its own, and both end with the same weights, which are not those of one alone."""
-    (tmp_path / "together.py").write_text(TRAIN_TOGETHER)
-    command = [str(tmp_path / "together.py")]
-    both = [line for line in run(command, PAIR).stdout.splitlines() if line.startswith("weights")]
-    (alone,) = [line for line in run(command).stdout.splitlines() if line.startswith("weights")]
-    assert len(both) == 2 and both[0] == both[1] != alone
-
-
-def test_the_program_under_torchrun(tmp_path):
-    done = run(tokenizer_command(tmp_path / "dvae.pt", "--batch", "4", "--recipe", "openai"), PAIR)
-    assert "dB on held-out frames" in done.stdout and dvae.load(tmp_path / "dvae.pt").config == dvae.SMALL
+def test_two_processes_train_one_tokenizer(tmp_path, pictures):
+    """Each draws frames of its own, and yet both have the same weights after each phase; one saves and reports."""
+    (tmp_path / "together.py").write_text(TOGETHER)
+    _, *arguments = command(pictures, tmp_path / "laptop.pt", "--steps", "12")
+    done = run([str(tmp_path / "together.py"), *arguments])
+    told = [tuple(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(told) == 6 and len(set(told)) == 3, done.stdout
+    for path in (tmp_path / "laptop.pt", tmp_path / "openai.pt"):
+        assert (str(path), dvae.load(path).fingerprint()) in told
+    assert done.stdout.count("dB on held-out frames") == 2
 
 
 def test_measure_by_hand():
@@ -296,16 +444,6 @@ def test_save_and_load(tmp_path):
     loaded = dvae.load(tmp_path / "x" / "dvae.pt")
     assert loaded.config == TINY and loaded.fingerprint() == model.fingerprint() != dvae.DVAE(TINY).fingerprint()
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["dvae.pt"]  # no temporary file is left
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
-        with dvae.atomic_open(path) as file:
-            file.write(b"half of the new")
-            raise RuntimeError
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 class Bomb:

@@ -1,4 +1,4 @@
-"""README's promises that can be checked: its paper map, its commands' flags, and the size of the scripts' lines."""
+"""README's promises that can be checked: its paper map, its commands' flags, the lines and imports of the scripts."""
 
 import ast
 import re
@@ -64,3 +64,31 @@ def test_every_flag_in_the_readme_exists():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines_fit(script):
     assert max(len(line) for line in (ROOT / script).read_text().splitlines()) <= 120
+
+
+MAY_IMPORT = {"toto": set(), "data": {"toto"}, "dvae": {"data", "toto"}}
+MAY_IMPORT |= dict.fromkeys(("train", "probe", "sample"), {"dvae", "data", "toto"})
+
+
+def imports(node, place):
+    """[(place, script that is imported there)] below a node of a syntax tree; a place is script or script.function."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        is_named = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        found += imports(child, f"{place}.{child.name}" if is_named else place)
+        if isinstance(child, ast.Import):
+            found += [(place, alias.name) for alias in child.names]
+        if isinstance(child, ast.ImportFrom):
+            found.append((place, child.module))
+    return [(place, name) for place, name in found if name in MAY_IMPORT]
+
+
+def test_imports_go_one_way():
+    """Each script imports only what is below it; but data.main, a program, loads a tokenizer."""
+    assert {f"{name}.py" for name in MAY_IMPORT} == set(SCRIPTS) == {path.name for path in ROOT.glob("*.py")}
+    inside = []
+    for script, allowed in MAY_IMPORT.items():
+        found = imports(ast.parse((ROOT / f"{script}.py").read_text()), script)
+        assert {name for place, name in found if place == script} <= allowed, script
+        inside += [(place, name) for place, name in found if place != script]
+    assert inside == [("data.main", "dvae")]

@@ -14,7 +14,6 @@ import data
 import dvae
 import sample
 import toto
-from conftest import ENVIRONMENT, run
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 
@@ -38,16 +37,20 @@ def greedy_frame(model, kept):
     return (ids[:, -h * w :] - toto.FIRST_CODE).view(B, 1, h, w)
 
 
-@pytest.mark.parametrize("how", ["a decoder each time", "one decoder", pytest.param("compiled", marks=COMPILER)])
-def test_every_frame_is_what_the_model_gives_after_the_kept_ones(model, how):
+def check_frames(model, codes, n_given):
     """Within the window of 4 frames after all before it; beyond, after [start] and the last 3, run afresh."""
-    prompt = torch.randint(0, 32, (3, 2, 2, 3))
-    decoder = None if how == "a decoder each time" else toto.Decoder(model, 3, 1 + 4 * 6, compile=how == "compiled")
-    codes = sample.continue_video(model, prompt, n_frames=64, window=4, temperature=0, decoder=decoder)
-    assert codes.shape == (3, 64, 2, 3) and torch.equal(codes[:, :2], prompt)
     with torch.no_grad():
-        for f in range(2, 64):
+        for f in range(n_given, codes.shape[1]):
             assert torch.equal(codes[:, f : f + 1], greedy_frame(model, codes[:, max(f - 3, 0) : f])), f
+
+
+@pytest.mark.parametrize("how", ["a cache each time", "one cache"])
+def test_every_frame_is_what_the_model_gives_after_the_kept_ones(model, how):
+    prompt = torch.randint(0, 32, (3, 2, 2, 3))
+    cache = toto.Cache(model, 3, 1 + 4 * 6) if how == "one cache" else None
+    codes = sample.continue_video(model, prompt, n_frames=64, window=4, temperature=0, cache=cache)
+    assert codes.shape == (3, 64, 2, 3) and torch.equal(codes[:, :2], prompt)
+    check_frames(model, codes, 2)
 
 
 def test_a_prompt_longer_than_the_window(model):
@@ -59,19 +62,15 @@ def test_a_prompt_longer_than_the_window(model):
 
 def write_checkpoint(folder, model, tokenizer):
     dvae.save(tokenizer, folder / "dvae.pt")
-    checkpoint = {
-        "model": model.state_dict(),
-        "config": vars(model.config),
-        "step": 0,
-        "tokenizer": tokenizer.fingerprint(),
-    }
-    torch.save(checkpoint | {"resolution": 16, "stride": 2, "frames": 4}, folder / "toto.pt")
+    checkpoint = {"model": model.state_dict(), "config": vars(model.config), "step": 0}
+    checkpoint |= {"tokenizer": tokenizer.fingerprint(), "resolution": 16, "stride": 2, "frames": 4}
+    torch.save(checkpoint, folder / "toto.pt")
 
 
-def run_sample(monkeypatch, folder, *arguments):
+def run_sample(monkeypatch, folder, *arguments, run=lambda main: main()):
     base = ["sample.py", "--checkpoint", folder / "toto.pt", "--out", folder / "out", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in [*base, "--frames", 6, "--samples", 2, *arguments]])
-    sample.main()
+    run(sample.main)
     return np.load(folder / "out" / "sample.npy")
 
 
@@ -89,7 +88,7 @@ def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
         "folder": (["--prompt", tmp_path / "folder" / "2.png", tmp_path / "folder"], 4),
         "nothing": (["--imagine"], 0),
     }[prompt]
-    codes = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 1, "--mp4")
+    codes = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 1)
     assert codes.shape == (2, 6, 2, 2)
     if prompt == "folder":
         pictures = [Image.open(tmp_path / "folder" / f"{i}.png").resize((21, 16)) for i in (2, 0, 1, 2)]
@@ -97,7 +96,6 @@ def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
         assert np.array_equal(codes[0, :4], expected)
     gif, first = iio.imread(tmp_path / "out" / "sample.gif"), (tmp_path / "out" / "sample.gif").read_bytes()
     assert gif.shape[0] == 6 and Image.open(tmp_path / "out" / "sample.png").size[0] == 6 * (144 + 4)
-    assert len(list(data.read_frames(tmp_path / "out" / "sample.mp4", 48, stride=1))) == 6
     again = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 1)
     assert (tmp_path / "out" / "sample.gif").read_bytes() == first and np.array_equal(again, codes)
     other = run_sample(monkeypatch, tmp_path, *arguments, "--seed", 2)
@@ -106,19 +104,27 @@ def test_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, prompt):
 
 @COMPILER
 def test_compiled_samples_are_the_same(model, untrained_tokenizer, tmp_path, monkeypatch):
+    """Three at a time, far beyond the window, each frame against a fresh pass of the uncompiled model."""
     write_checkpoint(tmp_path, model, untrained_tokenizer)
-    greedy = "--imagine", "--temperature", 0, "--samples", 1  # one alone is drawn in float32 in either case
-    plain = run_sample(monkeypatch, tmp_path, *greedy)
-    assert np.array_equal(run_sample(monkeypatch, tmp_path, *greedy, "--compile"), plain)
+    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.float32)
+    torch.compiler.reset()
+    how = ["--compile", "--samples", 3, "--frames", 24, "--prompt-frames", 2, "--temperature", 0]
+    codes = torch.as_tensor(run_sample(monkeypatch, tmp_path, *how).astype(np.int64))
+    assert codes.shape == (3, 24, 2, 2)
+    check_frames(model, codes, 2)
 
 
-def test_without_a_compiler(model, untrained_tokenizer, tmp_path, monkeypatch):
+def test_without_a_compiler(model, untrained_tokenizer, tmp_path, monkeypatch, capsys):
+    from torch._inductor import config  # takes seconds: only where something is compiled
+
     write_checkpoint(tmp_path, model, untrained_tokenizer)
-    monkeypatch.setitem(ENVIRONMENT, "CXX", "/nonexistent")
-    monkeypatch.setitem(ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    command = ["sample.py", "--checkpoint", str(tmp_path / "toto.pt"), "--out", str(tmp_path), "--device", "cpu"]
-    printed = run([*command, "--compile"], status=2).stderr
-    assert printed.splitlines()[-1].startswith("error: torch.compile failed") and "Traceback" not in printed
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.compiler.reset()
+    with config.patch({"cpp.cxx": (None, "/nonexistent")}), pytest.raises(SystemExit) as stop:  # as $CXX would be
+        run_sample(monkeypatch, tmp_path, "--compile", run=data.run)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("error: torch.compile failed")
 
 
 def test_images_start_with_their_token(model, untrained_tokenizer, tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
 """toto.py against independent references: explicit formulas, torch's own modules, Hugging Face's Llama."""
 
 import shutil
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,16 +44,12 @@ def test_table_15_counts(size, D, L):
 
 
 @pytest.mark.parametrize("mup_width", [0, 16])
-def test_exports_to_hugging_face_llama(model, mup_width, tmp_path, monkeypatch, capsys):
+def test_exports_to_hugging_face_llama(model, mup_width, tmp_path):
     """The whole model, logits and loss, against an implementation that we did not write, and that reads our export."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with its Llama")
     config = replace(SMALL, mup_width=mup_width)
-    checkpoint = {"model": model.state_dict(), "config": asdict(config), "step": 1, "tokenizer": "x"}
-    model = toto.from_checkpoint(checkpoint | {"config": config})
-    torch.save(checkpoint, tmp_path / "toto.pt")
-    arguments = ["toto.py", "--checkpoint", str(tmp_path / "toto.pt"), "--export", str(tmp_path / "hf")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    toto.main()
+    model = toto.from_checkpoint({"model": model.state_dict(), "config": config})
+    toto.export_hf(model, tmp_path / "hf")
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
     llama, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert isinstance(llama, transformers.LlamaForCausalLM) and not any(report.values()), report
@@ -102,7 +97,7 @@ def test_attention_matches_explicit_softmax(causal, dtype, T, tolerance):
 def test_rope_depends_on_distance_only():
     """q at position m and k at position n have a product that depends on m - n alone; position 0 is left as it is."""
     q, k = torch.randn(2, 1, 1, 1, 32)
-    cos, sin = toto.rope_table(torch.arange(200), 32, 10_000.0)
+    cos, sin = toto.rope_table(torch.arange(200), 32, 10_000.0)  # (200, 32) each
     at = lambda x, p: toto.apply_rope(x, cos[p : p + 1], sin[p : p + 1])
     product = lambda m, n: (at(q, m) * at(k, n)).sum()
     for distance in (0, 1, 63):
@@ -138,6 +133,8 @@ def test_loss_is_the_mean_negative_log_likelihood(model):
     p = model(ids[:, :-1]).double().softmax(-1)
     expected = -p.gather(2, ids[:, 1:, None]).log().mean()
     assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.item(), abs=1e-5)
+    with torch.no_grad():  # the plain form of Eq. 2
+        assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_padding_rows_change_nothing(model):
@@ -180,9 +177,9 @@ def test_features_stop_at_the_deepest_layer(model):
 def test_cached_logits_equal_uncached(model, batch_size, prompt, mup_width):
     model = toto.from_checkpoint({"model": model.state_dict(), "config": replace(SMALL, mup_width=mup_width)})
     ids = random_ids(batch_size, 21)
-    decoder = toto.Decoder(model, batch_size, 21)
+    cache = toto.Cache(model, batch_size, 21)
     with torch.no_grad():
-        cached = [decoder(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
+        cached = [cache(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
         torch.testing.assert_close(torch.stack(cached, dim=1), model(ids)[:, prompt - 1 :], atol=1e-4, rtol=1e-4)
 
 
@@ -203,24 +200,26 @@ def test_recorded_step(model, dtype):
 def check_compiled_step(model, batch_size, dtype, mup_width, device):
     checkpoint = {"model": model.state_dict(), "config": replace(SMALL, mup_width=mup_width)}
     model, tested = (toto.from_checkpoint(checkpoint, device, each) for each in (torch.float32, dtype))
-    decoder = toto.Decoder(tested, batch_size, 21, compile=True)
+    tested = toto.for_sampling(tested, batch_size, compile=True)
+    torch.compiler.reset()  # torch keeps at most eight compilations of one function
+    cache = toto.Cache(tested, batch_size, 21, compile=True)
     for n_ids, prompt in ((20, 8), (12, 1)):
-        ids, decoder.length = random_ids(batch_size, n_ids).to(device), 0
+        ids, cache.length = random_ids(batch_size, n_ids).to(device), 0
         with torch.inference_mode():
-            cached = [decoder(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
+            cached = [cache(new) for new in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]]
             got, expected = torch.stack(cached, dim=1), model(ids)[:, prompt - 1 :]
-        assert (got - expected).norm() / expected.norm() < (1e-5 if decoder.dtype == torch.float32 else 0.05)
+        assert (got - expected).norm() / expected.norm() < (1e-5 if tested.compute_dtype == torch.float32 else 0.05)
     ids = random_ids(batch_size, 5).to(device)
-    out = tested.generate(ids, 12, temperature=0, decoder=decoder)
-    assert torch.equal(out, tested.generate(ids, 12, temperature=0, decoder=decoder)) and torch.equal(out[:, :5], ids)
+    out = tested.generate(ids, 12, temperature=0, cache=cache)
+    assert torch.equal(out, tested.generate(ids, 12, temperature=0, cache=cache)) and torch.equal(out[:, :5], ids)
 
 
-def test_a_decoder_of_another_size_is_refused(model):
-    decoder = toto.Decoder(model, 2, 10)
-    assert model.generate(random_ids(2, 4), 6, decoder=decoder).shape == (2, 10)
+def test_a_cache_of_another_size_is_refused(model):
+    cache = toto.Cache(model, 2, 10)
+    assert model.generate(random_ids(2, 4), 6, cache=cache).shape == (2, 10)
     for batch_size, n_ids in ((2, 5), (3, 4)):
         with pytest.raises(ValueError, match="2 sequences of up to 10 ids, not"):
-            model.generate(random_ids(batch_size, n_ids), 6, decoder=decoder)
+            model.generate(random_ids(batch_size, n_ids), 6, cache=cache)
 
 
 def test_greedy_generation_is_the_argmax_of_the_uncached_model(model):
@@ -282,7 +281,7 @@ def test_loss_in_chunks_equals_torch(vocab_size):
     x = torch.randn(1100, 16, requires_grad=True)  # three chunks of 504 rows at the paper's vocabulary
     weight = torch.randn(padded, 16, requires_grad=True)
     targets = torch.randint(vocab_size, (1100,))
-    loss = toto.CrossEntropy.apply(x, weight, targets, vocab_size)
+    loss = toto.ChunkedCrossEntropy.apply(x, weight, targets, vocab_size)
     (3 * loss).backward()
     got, x.grad, weight.grad = (x.grad, weight.grad), None, None
     expected = torch.nn.functional.cross_entropy((x @ weight.t())[:, :vocab_size], targets)
