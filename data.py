@@ -902,7 +902,7 @@ def main():
     add("media", nargs="+", help="files, or folders, of images and videos")
     add("--out", required=True, type=Path, help="the token folder to write")
     add("--tokenizer", default="out/dvae.pt", help="a tokenizer of dvae.py, or a folder with OpenAI's two files")
-    add("--resolution", type=dvae.frame_side, default=128, help="R of §3.4, that of the training to come")
+    add("--resolution", type=dvae.frame_side, default=128, help="R of §3.4, as in the training to come; tiny has 48")
     add("--stride", type=count, default=4, help="keep every n-th frame of a video")
     add("--crops", type=count, default=1, help="1: the centre of each frame; more: as many random crops of each item")
     args = parser.parse_args()

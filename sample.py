@@ -87,7 +87,7 @@ def encode_prompts(tokenizer, truth, n_given, device):
         return torch.zeros(len(truth), 0, grid, grid, dtype=torch.long, device=device)
     prompt = torch.stack([tokenizer.encode(clip) for clip in truth[:, :n_given]])
     kept = psnr(np.stack([tokenizer.decode(codes).cpu().numpy() for codes in prompt]), truth[:, :n_given])
-    warning = ": little; it was trained on other things" if kept < 18 else ""
+    warning = ": little; it was trained too briefly, or on other things" if kept < 18 else ""
     print(f"the tokenizer keeps {kept:.1f} dB of the given frames{warning}")
     return prompt
 

@@ -172,7 +172,7 @@ def finish(args, run, results, device):
     """The last words of a run: how good the model is, and samples of it."""
     path = args.out / "toto.pt"
     if run.first_step >= args.steps:
-        print(f"{path} has {run.first_step:,} of {args.steps:,} steps already; give more --steps, or another --out")
+        print(f"{path} has {run.first_step:,} steps already; give more --steps than that, or another --out")
     else:
         print(f"wrote {path}")
     print_results(results)
@@ -278,8 +278,8 @@ def sequences_in_a_step(args, tokens_per_frame, n_processes):
     """A step is a fixed number of sequences: split evenly over the processes, and there into micro-batches."""
     n_sequences = max(round(args.batch_tokens / (args.frames * tokens_per_frame)), 1)
     if n_sequences % n_processes:
-        words = f"{n_sequences} sequences, which {n_processes} processes cannot share evenly"
-        raise ValueError(f"--batch-tokens makes {words}")
+        words = f"{n_processes} processes cannot share the {n_sequences} sequences of a step evenly"
+        raise ValueError(f"{words}; give another --batch-tokens")
     return n_sequences
 
 
@@ -627,7 +627,7 @@ def parse_arguments():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA only)")
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
     add("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
-    add("--evaluate", action="store_true", help="no training: the loss of the checkpoint in --out, in detail")
+    add("--evaluate", action="store_true", help="no training: the loss of the checkpoint in --out on --data, in detail")
     add("--export", type=Path, metavar="FOLDER", help="no training: that checkpoint for Hugging Face's Llama")
     add("--dry-run", type=count, nargs="?", const=1, metavar="N", help="no training: what N GPUs would need, or CPUs")
     args = parser.parse_args()
