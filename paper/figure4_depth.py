@@ -3,9 +3,9 @@
     python probe.py --layer all          writes out/probe.json
     python paper/figure4_depth.py        draws it: paper/figure4_depth.png
 
-One panel for each task, one line for each way of pooling and each model; bands are the 95 % intervals of the report, the
-dotted line is chance. The paper finds the best layer near the middle of its models, for images (Fig. 4) as for actions
-and tracking (Fig. 8).
+One panel for each task, one line for each way of pooling and each model; bands are the 95 % intervals of the report,
+the dotted line is chance. The paper finds the best layer near the middle of its models, for images (Fig. 4) as for
+actions and tracking (Fig. 8).
 """
 
 import argparse
@@ -32,7 +32,8 @@ def draw(report, path):
         lines = list(dict.fromkeys((row["model"], row["pool"]) for row in rows))
         has_one_model = len({model for model, _ in lines}) == 1
         for model, pool in lines:
-            line = sorted((row for row in rows if (row["model"], row["pool"]) == (model, pool)), key=lambda r: r["layer"])
+            line = [row for row in rows if (row["model"], row["pool"]) == (model, pool)]
+            line.sort(key=lambda row: row["layer"])
             layers, top1 = [row["layer"] for row in line], [100 * row["top1"] for row in line]
             low, high = zip(*[(100 * row["interval"][0], 100 * row["interval"][1]) for row in line])
             axis.plot(layers, top1, marker="o", markersize=3, label=pool if has_one_model else f"{pool}, {model}")

@@ -541,7 +541,8 @@ def test_export(undisturbed, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with its Llama")
     in_process("train.py", "--export", tmp_path / "hf", "--out", undisturbed)
     assert f"wrote {tmp_path / 'hf'}" in capsys.readouterr().out
-    llama, model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), toto.load(undisturbed / "toto.pt")
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    model = toto.load(undisturbed / "toto.pt")
     assert isinstance(llama, transformers.LlamaForCausalLM)
     ids = torch.randint(0, model.config.vocab_size, (2, 65))
     with torch.no_grad():
@@ -609,9 +610,9 @@ BAD_INPUT = {
     "train.py --device meta": "--device meta: choose cpu, cuda or mps",
     "train.py --device cuda": "--device cuda: this machine, or this build of PyTorch, has none",
     "train.py --lr -1": "argument --lr: must be above 0",
-    "train.py --data {tokens}/tokens --resolution 64": "its resolution is 32, here it is 64; a token folder keeps what it was made with",
+    "train.py --data {tokens}/tokens --resolution 64": "its resolution is 32, here it is 64; a token folder",
     "train.py --out {tmp}/noise.pt": "{tmp}/noise.pt: file exists",
-    "train.py --data {tokens}/tokens --stride 2": "its stride is 1, here it is 2; a token folder keeps what it was made with",
+    "train.py --data {tokens}/tokens --stride 2": "its stride is 1, here it is 2; a token folder keeps",
     "train.py --shard": "--shard splits a model over processes; start several with torchrun",
     "train.py --seed -1": "argument --seed: must be at least 0",
     "train.py --rope-base -5": "argument --rope-base: must be above 0",
@@ -628,12 +629,12 @@ BAD_INPUT = {
     "data.py {tmp} --out {tokens} --tokenizer {tokens}/dvae.pt": "which is none of a token folder's files",
     "data.py {tmp} --out {tmp}/t --tokenizer {tmp}/none.pt": "{tmp}/none.pt: no such file",
     "probe.py --checkpoint {tmp}/none.pt": "{tmp}/none.pt: no such file; train.py makes one",
-    "probe.py --data {tmp}/none " + TRAINED: "{tmp}/none/train: no such folder; --data needs train/<class>/* and val/<class>/*",
+    "probe.py --data {tmp}/none " + TRAINED: "{tmp}/none/train: no such folder; --data needs train/<class>/*",
     "sample.py --checkpoint {done}/toto.pt --tokenizer {tmp}/none.pt": "give the model's tokenizer with --tokenizer",
     "sample.py --frames 4 " + TRAINED: "--frames 4: the prompt gives 4; ask for more",
     "sample.py --imagine --prompt {tmp}/noise.mp4": "--imagine gives nothing: leave out --prompt",
     "probe.py --checkpoint {tmp}/noise.pt --tokenizer {tokens}/dvae.pt": "{tmp}/noise.pt is not a checkpoint",
-    "probe.py --checkpoint {done}/toto.pt --tokenizer {tmp}/other.pt": "{tmp}/other.pt is not the tokenizer of {done}/toto.pt",
+    "probe.py --checkpoint {done}/toto.pt --tokenizer {tmp}/other.pt": "{tmp}/other.pt is not the tokenizer of {done}",
     "probe.py --layer 99 " + TRAINED: "--layer 99: this model has layers 0 (the embedding) to 6",
     "probe.py --layer x " + TRAINED: "--layer x: give mid, all, a number",
     "probe.py --data {tmp}/empty " + TRAINED: "{tmp}/empty/train: no such folder",
