@@ -118,7 +118,7 @@ class AttentionPool(nn.Module):
         return (weights @ v).flatten(1)  # (B, H, 1, D/H) -> (B, D)
 
     def pool(self, x):
-        """The same without ever making K and V, for H/D of the multiplications.
+        """The same without ever making K and V: on a CPU 1.5 (D = 1,024) to 2 times (768) as fast, at 128 0.8 times.
 
         q_h · (W_k,h x_t) = (W_k,hᵀ q_h) · x_t, and W_v can wait until after the sum over tokens. So can the norm: its
         scale goes to the query, and its mean adds the same to every token's score, which the softmax ignores.
