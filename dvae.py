@@ -81,6 +81,7 @@ LAPTOP = Recipe(
 )  # fmt: skip
 SIZES = {"small": (SMALL, LAPTOP), "full": (Config(), OPENAI)}
 POOL = 8192  # frames in memory that batches are drawn from, in each process
+ALIKE = 30  # mean squared error of pixels in 0 ... 255, 33 dB: what looks more alike than that shares a code
 
 
 class Conv2d(nn.Module):
@@ -360,6 +361,30 @@ class WarmStart(nn.Module):
         to_logits.b.copy_(2 * s * E @ self.squeeze.b - s * E.pow(2).sum(dim=1))
         to_expand.w.copy_((self.expand.w[:, :, 0, 0] @ E.t())[:, :, None, None])
         to_expand.b.copy_(self.expand.b)
+        to_logits.b[redundant(self.model, frames)] = -1e4  # so that no argmax and no draw takes them
+
+
+@torch.no_grad()
+def redundant(model, frames):
+    """Which codes look like one that is more frequent in uint8 frames (N, H, W, 3), bool (V,).
+
+    The encoder sees more than the 8x8 pixels of a code, and k-means then gives one and the same patch several codes,
+    by what is near it: noise to the transformer, which has to predict it. So each code is decoded by itself, as the
+    middle of 5 x 5 of its kind, and where two pictures differ by less than ALIKE, one code does for both. On the
+    built-in world that leaves some 80 codes of 512, and of the entropy that a code has when its patch is known 0.05 of
+    0.9 nats. Codes of photographs differ by more; few of them go.
+    """
+    found = torch.cat([model.encode(some).flatten() for some in np.split(frames, range(32, len(frames), 32))])
+    counts, side = torch.bincount(found, minlength=model.config.vocab_size), model.pixels_per_code
+    grids = torch.arange(len(counts), device=found.device)[:, None, None].expand(-1, 5, 5)
+    middle = slice(2 * side, 3 * side)
+    looks = [model.decode(some)[:, middle, middle].flatten(1).float() for some in grids.split(256)]
+    looks, kept, goes = torch.cat(looks), [], torch.zeros(len(counts), dtype=torch.bool)  # looks (V, 8·8·3)
+    for k in counts.argsort(descending=True, stable=True).tolist():
+        goes[k] = bool(kept) and (looks[kept] - looks[k]).pow(2).mean(dim=1).min().item() < ALIKE
+        if not goes[k]:
+            kept.append(k)
+    return goes.to(found.device)
 
 
 def k_means(z, n_codes, generator):
@@ -529,28 +554,58 @@ def train_codes(model, next_batch, recipe, device, path, settings, save_every, s
         if average:
             average.update_parameters(model)
         if step % 20 == 0:
-            used = perplexity_of(logits.detach().argmax(dim=1), model.config.vocab_size)
+            used = perplexity_of(logits.detach().argmax(dim=1))
             words = f"{figures(loss, output, target)}, perplexity {used:.0f}, temperature {temperature:.2f}"
             bar.set_postfix_str(words, refresh=False)
     return kept
 
 
-def perplexity_of(codes, vocab_size):
+def perplexity_of(codes):
     """exp of the entropy of the codes' frequencies: as many codes, all equally frequent, would be as varied."""
-    p = torch.bincount(codes.flatten().cpu(), minlength=vocab_size).double() / codes.numel()
-    return torch.special.entr(p).sum().exp().item()
+    p = codes.unique(return_counts=True)[1].double() / codes.numel()
+    return torch.special.entr(p).sum().exp().item()  # 1 of none
 
 
 def measure(model, frames):
-    """How much of uint8 frames (N, H, W, 3) survives: PSNR in dB, perplexity of the codes, and how many are in use."""
-    codes, psnr = [], []
-    for truth in np.split(frames, range(32, len(frames), 32)):
+    """How much of uint8 frames (N, H, W, 3) survives, and what the codes mean.
+
+    psnr in dB; perplexity of the codes, and how many are in use; `entropy` of the codes, and `entropy_given_patch`, in
+    nats, what is left of it once the 8x8 pixels are known, over patches that occur more than once: codes that depend on
+    the surroundings, which the transformer must pay for and PSNR does not show. Since photographs have no patch twice,
+    `same_elsewhere` is the share of patches that keep their code when the frame before lends all their neighbours.
+    """
+    codes, elsewhere, psnr = [], [], []
+    n, side, device = len(frames), model.pixels_per_code, model.encoder.blocks.input.w.device
+    h, w = (length // side for length in frames.shape[1:3])
+    here = np.indices((h, w)).sum(axis=0) % 2 == 0  # a chessboard of patches
+    pixels = np.kron(here, np.ones((side, side), bool))[..., None]  # (H, W, 1)
+    for rows in np.split(np.arange(n), range(32, n, 32)):
+        truth = frames[rows]
         codes.append(model.encode(truth).cpu())
-        error = model.decode(codes[-1].to(model.encoder.blocks.input.w.device)).float().cpu() - torch.as_tensor(truth)
+        elsewhere.append(model.encode(np.where(pixels, truth, frames[rows - 1])).cpu()[:, here])
+        error = model.decode(codes[-1].to(device)).float().cpu() - torch.as_tensor(truth)
         psnr.append(20 * math.log10(255) - 10 * error.pow(2).flatten(1).mean(dim=1).clamp(min=1e-9).log10())
     codes = torch.cat(codes)
-    perplexity = perplexity_of(codes, model.config.vocab_size)
-    return {"psnr": torch.cat(psnr).mean().item(), "perplexity": perplexity, "codes_in_use": len(codes.unique())}
+    patches = frames.reshape(n, h, side, w, side, 3).swapaxes(2, 3).reshape(n * h * w, -1)
+    _, patch, count = torch.tensor([hash(p.tobytes()) for p in patches]).unique(return_inverse=True, return_counts=True)
+    twice = count[patch] > 1
+    patch, of_patch = patch[twice], codes.flatten()[twice]
+    entropy = lambda codes: math.log(perplexity_of(codes))
+    return {
+        "psnr": torch.cat(psnr).mean().item(), "perplexity": perplexity_of(codes),
+        "codes_in_use": len(codes.unique()), "entropy": entropy(codes),
+        "entropy_given_patch": entropy(patch * model.config.vocab_size + of_patch) - entropy(patch),
+        "same_elsewhere": (torch.cat(elsewhere) == codes[:, torch.from_numpy(here)]).float().mean().item(),
+    }  # fmt: skip
+
+
+def words_for(score):
+    """The figures of `measure` in two lines."""
+    return (
+        f"{score['psnr']:.1f} dB, {score['codes_in_use']} codes in use, perplexity {score['perplexity']:.1f}\n  codes have "
+        f"{score['entropy']:.2f} nats of entropy, {score['entropy_given_patch']:.2f} where the 8x8 pixels are known; "
+        f"{score['same_elsewhere']:.0%} stay the same among other neighbours"
+    )
 
 
 def train_on(paths, out, resolution, stride, seed, device, config=SMALL, recipe=LAPTOP, save_every=1000):
@@ -586,8 +641,7 @@ def train_on(paths, out, resolution, stride, seed, device, config=SMALL, recipe=
         for path in (state, warm_start_file(state)):
             path.unlink(missing_ok=True)
         score = measure(model, test)
-        codes = f"{score['codes_in_use']} of {config.vocab_size} codes in use, perplexity {score['perplexity']:.0f}"
-        print(f"tokenizer: {score['psnr']:.1f} dB on {seen} frames, {codes}")
+        print(f"tokenizer on {seen} frames: {words_for(score)}")
 
 
 def draw_kept(model, frames, path):
@@ -606,7 +660,7 @@ def reconstruct(paths, tokenizer_path, out, resolution, stride, device):
         picture = Path(out) / f"{Path(path).stem}-reconstructed.png"
         draw_kept(model, frames, picture)
         score = measure(model, frames)
-        print(f"wrote {picture}: {score['psnr']:.1f} dB, {score['codes_in_use']} different codes")
+        print(f"wrote {picture}: {words_for(score)}")
 
 
 def main():

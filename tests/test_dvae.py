@@ -156,8 +156,9 @@ def test_a_cold_relaxation_decodes_codes():
     assert model.encoder.blocks.input.w.grad.abs().sum() > 0
 
 
-def test_place_codes_folds_the_codebook_into_the_dvae():
+def test_place_codes_folds_the_codebook_into_the_dvae(monkeypatch):
     """The plain dVAE picks the nearest entry of the codebook and decodes it as the autoencoder would."""
+    monkeypatch.setattr(dvae, "ALIKE", 0)
     torch.manual_seed(0)
     warm, frames = dvae.WarmStart(dvae.DVAE(TINY), width=5), random_frames(40, 32)
     with torch.no_grad():
@@ -176,6 +177,28 @@ def test_place_codes_folds_the_codebook_into_the_dvae():
         assert len(codes.unique()) > 16
         expected = dvae.to_pixels(plain.decoder(warm.expand(E[codes].permute(0, 3, 1, 2))))
     assert (plain.decode(codes).permute(0, 3, 1, 2) / 255 - expected.clamp(0, 1)).abs().max() < 0.51 / 255
+
+
+def test_codes_that_look_alike_become_one():
+    """Of 32 codes that decode to 3 pictures the most frequent of each picture stays, and no other is ever drawn."""
+    torch.manual_seed(0)
+    warm, frames = dvae.WarmStart(dvae.DVAE(TINY), width=5), random_frames(40, 32)
+    pictures = 100 * torch.randn(3, TINY.n_init)
+
+    def look(codes):  # of each code, one of three
+        return pictures[codes % 3].permute(0, 3, 1, 2)
+
+    warm.model.decoder.embed = look
+    codes = torch.arange(32)
+    shown = warm.model.decode(codes[:3, None, None].expand(-1, 5, 5))[:, 16:24, 16:24].float()
+    assert min((shown[i] - shown[j]).pow(2).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > dvae.ALIKE
+    goes = dvae.redundant(warm.model, frames)
+    counts = torch.bincount(warm.model.encode(frames).flatten(), minlength=32)
+    stay = [max(range(k, 32, 3), key=lambda code: counts[code]) for k in range(3)]
+    assert (~goes).nonzero().flatten().tolist() == sorted(stay)
+    warm.place_codes(frames, torch.Generator().manual_seed(0))
+    assert len(warm.model.encode(frames).unique()) <= 3 and (warm.model.encoder.blocks.output.conv.b > -5000).sum() == 3
+    assert warm.model.encoder(warm.model.prepare(frames)).softmax(dim=1).amin(dim=(0, 2, 3)).eq(0).sum() == 29
 
 
 def test_k_means_finds_what_is_rare():
@@ -435,7 +458,33 @@ def test_measure_by_hand():
     p = p[p > 0]
     assert score["psnr"] == pytest.approx((10 * np.log10(255**2 / mse)).mean(), abs=1e-3)
     assert score["perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
-    assert score["codes_in_use"] == len(p)
+    assert score["codes_in_use"] == len(p) and score["entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+    assert score["entropy_given_patch"] == 0  # no two patches of noise are the same
+
+
+def test_measure_what_depends_on_the_surroundings():
+    """A tokenizer whose code is the colour of the patch, or that of the patch to its right, of black and white ones."""
+    rng, colours = np.random.default_rng(0), np.array([0, 255], np.uint8)
+    grid = rng.integers(2, size=(400, 4, 4))
+    frames = np.kron(colours[grid], np.ones((8, 8), np.uint8))[..., None].repeat(3, axis=-1)
+
+    class Fake(dvae.DVAE):
+        shift = 0
+
+        def encode(self, frames):
+            return torch.as_tensor(frames[:, ::8, ::8, 0] > 0).long().roll(-self.shift, 2)
+
+        def decode(self, codes):
+            return torch.zeros(*(8 * n if i else n for i, n in enumerate(codes.shape)), 3, dtype=torch.uint8)
+
+    model = Fake(TINY)
+    score = dvae.measure(model, frames)
+    assert score["entropy"] == pytest.approx(np.log(2), abs=1e-3)
+    assert score["entropy_given_patch"] == pytest.approx(0, abs=1e-9) and score["same_elsewhere"] == 1
+    model.shift = 1
+    score = dvae.measure(model, frames)
+    assert score["entropy_given_patch"] == pytest.approx(np.log(2), abs=1e-3)
+    assert score["same_elsewhere"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_save_and_load(tmp_path):
