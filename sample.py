@@ -100,44 +100,66 @@ def psnr(frames, truth, where=None):
     return 20 * math.log10(255) - 10 * math.log10(max(error, 1e-9))
 
 
+def best_copies(codes, n_given):
+    """Which given frame the best copying would show in each frame of codes (B, F, h, w) -> indices (B, F).
+
+    Frame t is frame t - lag, over and over. Of all lags, each clip has the one that was best over its given frames:
+    one that knows nothing of what comes, but is right where a motion comes round. A lag of 1 repeats the last frame.
+    """
+    B, F = codes.shape[:2]
+    given, lags = codes[:, :n_given].flatten(2), range(1, max(n_given, 2))
+    right = [(given[:, lag:] == given[:, :-lag]).float().mean(dim=(1, 2)) for lag in lags]  # (B,) each
+    lag = 1 + torch.stack(right).nan_to_num(0).argmax(dim=0)[:, None]  # (B, 1); of one given frame there is one copy
+    t = torch.arange(F, device=codes.device).expand(B, F)
+    return torch.where(t < n_given, t, n_given - lag + (t - n_given) % lag)
+
+
 def score(made, codes, truth, n_given, tokenizer, moving=None):
     """One row for each frame that the model made, against the truth, as clips × frames from made (B, F, h, w).
 
     psnr of the model, of repeating the last given frame, and of the truth after encoding and decoding, which no model
-    can beat; with `moving` (B, F, R, R), the first two again on the pixels where the moving object is, or was in the
-    last given frame, and there that frame with the object wiped off: less wrong than an object in the wrong place, so
-    that only what beats it has learned to move; and the share of codes that are right, of the model and of repeating.
+    can beat; with `moving` (B, F, R, R), on the pixels where the moving object is, or was in the last given frame, of
+    the model, of repeating, of `best_copies`, and of the last frame with the object wiped off: less wrong than an
+    object in the wrong place, so that only what beats it has learned to move. And the share of codes that are right, of
+    the model, of repeating, of best_copies, and (`any`) of the given frame that is nearest the truth: the most that any
+    copy could have, if it knew which.
     """
     decode = lambda codes: tokenizer.decode(codes).cpu().numpy()
-    rows, last = [], truth[:, n_given - 1]
+    rows, last, clips, copies = [], truth[:, n_given - 1], torch.arange(len(codes)), best_copies(codes, n_given).cpu()
     if moving is not None:  # most pixels are ground, so the median is its colour
         wiped = np.where(moving[:, n_given - 1, :, :, None], np.median(last, axis=(1, 2), keepdims=True), last)
     for t in range(n_given, made.shape[1]):
-        model, real = decode(made[:, t]), truth[:, t]
+        model, real, copy = decode(made[:, t]), truth[:, t], copies[:, t]
         row = {"frame": t, "psnr": psnr(model, real), "psnr_repeat": psnr(last, real)}
         row["psnr_tokenizer"] = psnr(decode(codes[:, t]), real)
         if moving is not None:
             where = moving[:, t] | moving[:, n_given - 1]
             row |= {"psnr_moving": psnr(model, real, where), "psnr_moving_repeat": psnr(last, real, where)}
+            row["psnr_moving_copy"] = psnr(truth[clips, copy], real, where)
             row["psnr_moving_wiped"] = psnr(wiped, real, where)
-        right = lambda guess: (guess == codes[:, t]).float().mean().item()
-        rows.append(row | {"codes": right(made[:, t]), "codes_repeat": right(codes[:, n_given - 1])})
+        right = lambda guess: (guess == codes[:, t]).float().mean(dim=(1, 2))  # (B,)
+        any_ = torch.stack([right(codes[:, given]) for given in range(n_given)]).amax(dim=0)
+        row |= {"codes": right(made[:, t]), "codes_repeat": right(codes[:, n_given - 1])}
+        row |= {"codes_copy": right(codes[clips, copy]), "codes_any": any_}
+        rows.append({key: value.mean().item() if torch.is_tensor(value) else value for key, value in row.items()})
     return rows
 
 
 def print_score(rows):
     columns = {
         "psnr": "PSNR", "psnr_repeat": "repeat", "psnr_tokenizer": "ceiling", "psnr_moving": "moving",
-        "psnr_moving_repeat": "repeat", "psnr_moving_wiped": "wiped", "codes": "codes", "codes_repeat": "repeat",
+        "psnr_moving_repeat": "repeat", "psnr_moving_copy": "copy", "psnr_moving_wiped": "wiped", "codes": "codes",
+        "codes_repeat": "repeat", "codes_copy": "copy", "codes_any": "any",
     }  # fmt: skip
     columns = {key: title for key, title in columns.items() if key in rows[0]}
     print(
-        "PSNR, and the share of codes that are right, each beside repeating the last given frame. ceiling: what the\n"
-        "tokenizer alone keeps; moving: on the pixels where the moving object is, or was in the last given frame;\n"
-        "wiped: that frame without the object"
+        "PSNR, and the share of codes that are right. ceiling: what the tokenizer alone keeps; moving: on the pixels\n"
+        "where the moving object is, or was in the last given frame; repeat: the last given frame; copy: from as many\n"
+        "frames back as was best over the given frames; wiped: the last one without the object; any: the best of the\n"
+        "given frames for each to come, which only the truth could tell"
     )
-    print("frame" + "".join(f"{title:>10}" for title in columns.values()))
-    cell = lambda key, value: f"{value:>10.1%}" if key.startswith("codes") else f"{value:>7.1f} dB"
+    print("frame" + "".join(f"{title:>9}" for title in columns.values()))
+    cell = lambda key, value: f"{value:>9.1%}" if key.startswith("codes") else f"{value:>6.1f} dB"
     for row in rows:
         print(f"{row['frame']:>5}" + "".join(cell(key, row[key]) for key in columns))
     print(" mean" + "".join(cell(key, np.mean([row[key] for row in rows])) for key in columns))

@@ -159,6 +159,26 @@ def test_score_by_hand():
     assert rows[0]["psnr_moving"] == pytest.approx(decibel(12, 2), abs=1e-4)
     assert rows[1]["psnr_moving"] == pytest.approx(decibel(38), abs=1e-4)
     assert rows[0]["psnr_moving_wiped"] == pytest.approx(decibel(10, 52 - 27), abs=1e-4)  # the median is 27
+    assert rows[0]["codes_copy"] == 0.75 and rows[1]["codes_any"] == 0.75  # two given frames: copying repeats the last
+
+
+def test_no_copy_passes_for_skill():
+    """A motion that comes round after two frames is known to copying, which then has all codes right."""
+    there_and_back = torch.tensor([[[1, 2]], [[2, 1]]]).repeat(4, 1, 1)  # (8, 1, 2)
+    turns_late = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4]).view(8, 1, 1).expand(8, 1, 2)
+    codes = torch.stack((there_and_back, turns_late))
+    assert sample.best_copies(codes, 4).tolist() == [[0, 1, 2, 3, 2, 3, 2, 3], [0, 1, 2, 3, 3, 3, 3, 3]]
+    assert sample.best_copies(codes, 5)[1].tolist() == [0, 1, 2, 3, 4, 1, 2, 3]  # the fifth gives it away
+    assert sample.best_copies(codes, 1).tolist() == 2 * [8 * [0]]
+
+    class tokenizer:
+        decode = lambda codes: codes[..., None].expand(*codes.shape, 3).to(torch.uint8)
+
+    truth = tokenizer.decode(codes).numpy()
+    rows = sample.score(codes.roll(1, 0), codes, truth, 4, tokenizer, np.ones(truth.shape[:-1], bool))
+    assert rows[1]["codes_copy"] == 0.5 and rows[1]["codes_repeat"] == 0.5 and rows[0]["codes_copy"] == 0.5
+    assert rows[1]["psnr_moving_copy"] == pytest.approx(10 * np.log10(255**2 / 2), abs=1e-3)  # 4 for 2 in one of two clips
+    assert rows[0]["codes_any"] == 1.0 and rows[1]["codes_any"] == 1.0
 
 
 def test_score_of_the_program(model, untrained_tokenizer, tmp_path, monkeypatch, capsys):
