@@ -271,13 +271,14 @@ class Pixels:
 
 # Training: heads on frozen features, or beside or through a trunk that learns too.
 def layer_scales(model):
-    """§4.2's layer decay as MAE counts it, as groups of an optimizer: the rate of part i is scaled by 0.9^(L + 1 - i).
+    """§4.2's layer decay as MAE counts it, [(part, what scales its rate)]: 0.9^(L + 1 - i) for part i.
 
     Part 0 is the embedding, l + 1 is block l, and L + 1 the last norm, which keeps the full rate, as the heads do.
     """
+    # Not in the paper: the embedding is tied, so the output layer has the smallest rate too, though it comes last. In
+    # joint fine-tuning Eq. 2 trains it at that: 0.9^(L + 1) of the rate of the last norm, right before it.
     parts = [model.embedding, *model.blocks, model.norm]
-    scales = [LAYER_DECAY ** (len(parts) - 1 - i) for i in range(len(parts))]
-    return [{"params": list(part.parameters()), "scale": scale} for part, scale in zip(parts, scales)]
+    return [(part, LAYER_DECAY ** (len(parts) - 1 - i)) for i, part in enumerate(parts)]
 
 
 def fine_tuned_features(model, ids, layers, mode, causal):
@@ -296,10 +297,19 @@ def fine_tuned_features(model, ids, layers, mode, causal):
 
 
 def make_optimizer(heads, model, args):
-    """Not in the paper: AdamW with weight decay 0.05. `scale` is the layer decay of each group's rate."""
-    groups = [{"params": [p for head in heads.values() for p in head.parameters()], "scale": 1.0}]
-    groups += layer_scales(model) if args.finetune else []
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
+    """Not in the paper: AdamW with weight decay 0.05 on matrices only, not on norms, biases and the query.
+
+    `scale` is what multiplies a group's rate: the layer decay and, on the blocks' matrices, µP's ratio (A.5). AdamW
+    decays by rate · weight decay, so the latter is divided by the ratio: no width decays faster than another.
+    """
+    groups, trunk = [], layer_scales(model) if args.finetune else []
+    for part, scale in [(nn.ModuleList(heads.values()), 1.0), *trunk]:
+        ratio = model.config.mup_ratio if isinstance(part, toto.Block) else 1.0
+        matrices = [p for p in part.parameters() if p.dim() == 2]
+        vectors = [p for p in part.parameters() if p.dim() < 2]
+        groups.append({"params": matrices, "scale": scale * ratio, "weight_decay": 0.05 / ratio})
+        groups.append({"params": vectors, "scale": scale, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=args.lr)
 
 
 def average_gradients(optimizer):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,11 +162,42 @@ def test_a_layer_probed_alone_gives_the_same(setting):
 def test_layer_decay_as_in_mae():
     """§4.2: MAE's own function gives these rates for 16 layers and 0.9."""
     model = toto.Toto(toto.Config(dim=8, n_heads=1, n_layers=16, hidden=8, vocab_size=8))
-    scales = {p: group["scale"] for group in probe.layer_scales(model) for p in group["params"]}
+    scales = {p: scale for part, scale in probe.layer_scales(model) for p in part.parameters()}
     assert scales.keys() == set(model.parameters())
     for name, scale in (("embedding.weight", 0.16677), ("blocks.0.mlp.out.weight", 0.18530), ("norm.weight", 1)):
         assert scales[model.get_parameter(name)] == pytest.approx(scale, abs=1e-5)
     assert scales[model.blocks[15].attention.qkv.weight] == pytest.approx(0.9)
+
+
+def settings_of_the_optimizer(mup_width, finetune="joint"):
+    """{name: (scale of the rate, weight decay)} for the parameters of two heads and of a trunk of width 16."""
+    model = toto.Toto(toto.Config(16, 2, 3, 16, 36, mup_width=mup_width))
+    heads = {("class", pool, 2): probe.POOLS[pool](16, 2, 3) for pool in ("average", "attention-mlp")}
+    names = {p: name for name, p in model.named_parameters()}
+    names |= {p: f"{pool} {name}" for (_, pool, _), head in heads.items() for name, p in head.named_parameters()}
+    optimizer = probe.make_optimizer(heads, model, SimpleNamespace(finetune=finetune, lr=0.1))
+    groups = optimizer.param_groups
+    return {names[p]: (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_weight_decay_is_for_matrices():
+    settings = settings_of_the_optimizer(0)
+    decayed = {name for name, (_, decay) in settings.items() if decay == 0.05}
+    assert all(settings[name][1] == 0 for name in settings.keys() - decayed)
+    kept = {"norm.weight", "average classifier.bias", "attention-mlp classifier.bias", "attention-mlp query"}
+    kept |= {f"attention-mlp mlp.{name}" for name in ("0.weight", "0.bias", "1.bias", "3.bias")}
+    kept |= {f"blocks.{l}.{part}_norm.weight" for l in range(3) for part in ("attention", "mlp")}
+    assert settings.keys() - decayed == kept and "embedding.weight" in decayed
+    frozen = settings_of_the_optimizer(0, finetune=None)
+    assert frozen.items() < settings.items() and not any(name.startswith("blocks") for name in frozen)
+
+
+def test_mup_keeps_its_ratio_in_fine_tuning():
+    """A.5: a quarter of the rate for the blocks' matrices at four times the base width, but no less decay in all."""
+    plain, mup = settings_of_the_optimizer(0), settings_of_the_optimizer(4)
+    for name, (scale, decay) in plain.items():
+        ratio = 1 / 4 if name.startswith("blocks") and "norm" not in name else 1
+        assert mup[name] == pytest.approx((scale * ratio, decay / ratio)), name
 
 
 def gradients_of_the_trunk(mode, causal=True, head_loss=True):
