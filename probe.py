@@ -293,7 +293,10 @@ def fine_tuned_features(model, ids, layers, mode, causal):
             features[l] = x[:, 1:].detach() if mode == "joint" else x[:, 1:]
         if mode == "full" and l == max(layers):
             return features, 0.0
-    return features, model.loss(x, torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), toto.END)), dim=1))
+    targets = ids[:, 1:]
+    if ids[0, 0] == toto.VIDEO_START:  # an end follows; in pre-training it follows 16 images (§3.4), not one
+        targets = torch.cat((targets, ids.new_full((len(ids), 1), toto.END)), dim=1)
+    return features, model.loss(x[:, : targets.shape[1]], targets)
 
 
 def make_optimizer(heads, model, args):

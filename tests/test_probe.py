@@ -200,11 +200,12 @@ def test_mup_keeps_its_ratio_in_fine_tuning():
         assert mup[name] == pytest.approx((scale * ratio, decay / ratio)), name
 
 
-def gradients_of_the_trunk(mode, causal=True, head_loss=True):
+def gradients_of_the_trunk(mode, causal=True, head_loss=True, start=toto.VIDEO_START):
     torch.manual_seed(0)
     model = toto.Toto(toto.Config(dim=16, n_heads=2, n_layers=3, hidden=16, vocab_size=36))
     head = probe.AttentionPool(16, 2, 3)
     ids = torch.randint(4, 36, (5, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = start
     features, loss = probe.fine_tuned_features(model, ids, {2}, mode, causal)
     logits = head(features[2])
     if head_loss:
@@ -220,6 +221,14 @@ def test_stop_gradient_stops():
     model.zero_grad()
     model(ids, torch.cat((ids[:, 1:], torch.full((5, 1), toto.END)), dim=1)).backward()
     assert all(torch.allclose(with_head[name], p.grad, atol=1e-7) for name, p in model.named_parameters())
+
+
+def test_no_end_after_one_image():
+    """§3.4: [2] ends a sequence, which in pre-training has sixteen images; it is no target after a single one."""
+    gradients, model, ids = gradients_of_the_trunk("joint", start=toto.IMAGE_START)
+    model.zero_grad()
+    model(ids[:, :-1], ids[:, 1:]).backward()  # every code is predicted, and nothing after the last
+    assert all(torch.allclose(gradients[name], p.grad, atol=1e-7) for name, p in model.named_parameters())
 
 
 def test_full_fine_tuning_reaches_the_trunk_up_to_the_layer():
