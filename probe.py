@@ -1,10 +1,11 @@
-"""Probing and fine-tuning: how good are the features of each layer (§3.5, §4.2, §4.3, §4.8, A.2 to A.4, A.7)?
+"""Probing and fine-tuning: how good are the features of each layer (§3.5, §4.2 to §4.4, §4.8, A.2 to A.4, A.7)?
 
     python probe.py --layer all                    the built-in world: what moves (shape) and how it moves (motion)
     python probe.py --layer mid --data FOLDER      your data: FOLDER/train/<class>/* and FOLDER/val/<class>/*
     python probe.py --layer 0,3,6 --pool average   linear probes of three layers
     python probe.py --finetune joint               §4.2: probes beside a trunk that keeps learning next-token prediction
     python probe.py --finetune full                A.2, A.3: the classes reach the trunk
+    python probe.py --finetune both                §4.4: next-token prediction and the classes reach it together
 
 Reads checkpoints of train.py and their tokenizer. All layers are probed in one pass, each by heads of its own. Prints
 accuracy over depth (as Fig. 4 plots it), and writes probe.json and, to resume after a stop, probe.pt to --out.
@@ -285,7 +286,8 @@ def fine_tuned_features(model, ids, layers, mode, causal):
     """The features of a trunk that learns -> ({l: (B, T, D)}, its own loss).
 
     joint (§4.2, Table 7): the loss is Eq. 2, and the classes' gradient stops at the features. full (A.2, A.3,
-    Table 13): the classes' loss alone, with causal or full attention.
+    Table 13): the classes' loss alone, with causal or full attention. both: Eq. 2 and, with no stop-gradient, the
+    classes' loss, as §4.4 found better for forecasting. Not in the paper: they weigh the same.
     """
     features, x = {}, None
     for l, x in enumerate(model.residual_stream(ids, causal)):
@@ -469,7 +471,8 @@ def parse_arguments():
     add("--checkpoint", nargs="+", default=["out/toto.pt"], type=Path, help="models trained by train.py")
     add("--tokenizer", type=Path, help="the models' tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for probe.json, probe.pt and cached tokens")
-    add("--finetune", choices=["joint", "full"], help="train the model too (default: it stays frozen)")
+    words = "train the model too, by next tokens, the classes, or both losses (default: it stays frozen)"
+    add("--finetune", choices=["joint", "full", "both"], help=words)
     add("--attention", default="causal", choices=["causal", "full"], help="full: every token sees every other (A.2)")
     add("--views", type=parse_views, default="1x1", metavar="VxS", help="clips and crops of a video: 10x3 in §4.3")
     add("--baselines", action="store_true", help="probe an untrained model too, and with images their raw pixels")
@@ -501,8 +504,9 @@ def main():
         for name, default in (LAPTOP if (config.dim, config.n_layers) == (tiny.dim, tiny.n_layers) else PAPER).items():
             setattr(args, name, asked[name] or default)
         layers = parse_layers(args.layer, config.n_layers)
-        if args.finetune == "full" and (len(layers) > 1 or len(args.pool) > 1):
-            raise ValueError("--finetune full: the trunk learns for one head; give one --layer and one --pool")
+        if args.finetune in ("full", "both") and (len(layers) > 1 or len(args.pool) > 1):
+            words = "the trunk learns for one head; give one --layer and one --pool"
+            raise ValueError(f"--finetune {args.finetune}: {words}")
         sets = train, val = load_sets(args, checkpoint, tokenizer)
         report |= {"clips": [len(train), len(val)], "classes": train.classes}
         if data.rank() == 0:

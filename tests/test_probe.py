@@ -239,7 +239,20 @@ def test_full_fine_tuning_reaches_the_trunk_up_to_the_layer():
     assert not torch.allclose(causal["embedding.weight"], full["embedding.weight"])
 
 
-@pytest.mark.parametrize("arguments", [["--finetune", "joint"], ["--finetune", "full", "--attention", "full"]])
+def test_both_losses_reach_the_trunk():
+    """§4.4: without the stop-gradient the trunk gets the gradient of Eq. 2 and that of the classes, one plus the other."""
+    both, alone = gradients_of_the_trunk("both")[0], gradients_of_the_trunk("joint")[0]
+    classes = gradients_of_the_trunk("full")[0]
+    for name, gradient in both.items():
+        expected = alone[name] + (0 if classes[name] is None else classes[name])
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(both["embedding.weight"], alone["embedding.weight"], atol=1e-4)
+
+
+WAYS = [["--finetune", "joint"], ["--finetune", "full", "--attention", "full"], ["--finetune", "both"]]
+
+
+@pytest.mark.parametrize("arguments", WAYS)
 def test_fine_tuning_an_image_folder(setting, capsys, arguments):
     one = ["--layer", "2", "--pool", "attention", "--epochs", "15", "--lr", "0.01"]
     report = run_probe(setting, *one, *arguments)
@@ -248,7 +261,7 @@ def test_fine_tuning_an_image_folder(setting, capsys, arguments):
     after = trained_parts(setting)["trunk"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert "blocks.0.mlp.out.weight" in changed
-    assert ("blocks.2.mlp.out.weight" in changed) == ("joint" in arguments)
+    assert ("blocks.2.mlp.out.weight" in changed) == ("full" not in arguments)  # beyond layer 2: Eq. 2 alone
 
 
 def test_two_processes_are_one(setting, monkeypatch):

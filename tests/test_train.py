@@ -642,6 +642,7 @@ BAD_INPUT = {
     "probe.py --views 10x2": "argument --views: give clips x crops, with 1 or 3 crops",
     "probe.py --views 10x3": "--views: a clip of the built-in world is one view",
     "probe.py --finetune full " + TRAINED: "--finetune full: the trunk learns for one head",
+    "probe.py --finetune both " + TRAINED: "--finetune both: the trunk learns for one head",
     "probe.py --baselines --finetune joint": "--baselines are frozen",
     "sample.py --prompt {tmp}/none.mp4 " + TRAINED: "{tmp}/none.mp4: no such file",
     "sample.py --prompt {tmp}/noise.mp4 " + TRAINED: "{tmp}/noise.mp4: cannot be read as an image or a video",
