@@ -8,7 +8,8 @@
     python probe.py --finetune both                §4.4: next-token prediction and the classes reach it together
 
 Reads checkpoints of train.py and their tokenizer. All layers are probed in one pass, each by heads of its own. Prints
-accuracy over depth (as Fig. 4 plots it), and writes probe.json and, to resume after a stop, probe.pt to --out.
+accuracy over depth (as Fig. 4 plots it), and writes to --out: probe.json, probe.pt to resume after a stop, and of a
+fine-tuned trunk finetuned.pt, a checkpoint like those that it reads.
 
 From top to bottom: the heads, the clips, the features, training, evaluation, the program.
 Shape letters: B clips, T visual tokens, D width, H heads, C classes.
@@ -18,6 +19,7 @@ import argparse
 import math
 import re
 import zlib
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 
@@ -372,6 +374,20 @@ def train_heads(heads, features, split, settings, path, args, device, model=None
         model.requires_grad_(False)
 
 
+def save_finetuned(model, tokenizer, checkpoint, args, path):
+    """The trunk as a checkpoint for all programs, with the tokenizer beside it; train.py takes it by --init-from."""
+    resolution = args.resolution or checkpoint["resolution"]
+    grid = 2 * [resolution // tokenizer.pixels_per_code]
+    plan = {"data": f"for {args.finetune} fine-tuning", "tokenizer": checkpoint["tokenizer"], "grid": grid}
+    weights = {name: p.cpu() for name, p in model.state_dict().items()}
+    changed = {"model": weights, "optimizer": {}, "config": asdict(model.config), "resolution": resolution}
+    with data.atomic_open(path) as file:
+        torch.save(checkpoint | changed | {"plan": plan | {"frames": checkpoint["frames"]}}, file)
+    if not path.with_name("dvae.pt").exists():
+        dvae.save(tokenizer, path.with_name("dvae.pt"))
+    print(f"wrote {path}")
+
+
 # Evaluation.
 @torch.no_grad()
 def evaluate(heads, features, split, args, device):
@@ -470,7 +486,7 @@ def parse_arguments():
     add("--data", help="folder with train/<class>/* and val/<class>/* (default: the built-in world)")
     add("--checkpoint", nargs="+", default=["out/toto.pt"], type=Path, help="models trained by train.py")
     add("--tokenizer", type=Path, help="the models' tokenizer (default: dvae.pt beside the checkpoint)")
-    add("--out", default="out", type=Path, help="folder for probe.json, probe.pt and cached tokens")
+    add("--out", default="out", type=Path, help="folder for probe.json, probe.pt, finetuned.pt and cached tokens")
     words = "train the model too, by next tokens, the classes, or both losses (default: it stays frozen)"
     add("--finetune", choices=["joint", "full", "both"], help=words)
     add("--attention", default="causal", choices=["causal", "full"], help="full: every token sees every other (A.2)")
@@ -484,6 +500,9 @@ def parse_arguments():
     args = parser.parse_args()
     if args.attention == "full" and args.finetune != "full":
         raise ValueError("--attention full needs --finetune full: the model has learned to predict from the past only")
+    is_written = lambda path: path.name.startswith("finetuned") and path.parent.resolve() == args.out.resolve()
+    if args.finetune and any(map(is_written, args.checkpoint)):
+        raise ValueError(f"--finetune writes finetuned.pt to {args.out}, where it is read from; give another --out")
     if args.baselines and args.finetune:
         raise ValueError("--baselines are frozen: leave out --finetune")
     if args.views != (1, 1) and args.data is None:
@@ -521,9 +540,11 @@ def main():
                 n_pixels = 3 * (args.resolution or checkpoint["resolution"]) ** 2
                 runs[f"{path}, raw pixels"] = (None, [0], ["average"], n_pixels)
         for name, run in runs.items():
-            n_runs = len(report["runs"]) + 1
-            state = args.out / ("probe.pt" if n_runs == 1 else f"probe-{n_runs}.pt")  # of each run its own
+            number = f"-{len(report['runs']) + 1}.pt" if report["runs"] else ".pt"  # of each run its own files
+            state = args.out / f"probe{number}"
             results, report["runs"][name] = probe_run(name, *run, sets, args, device, checkpoint, state)
+            if args.finetune and data.rank() == 0:
+                save_finetuned(model, tokenizer, checkpoint, args, args.out / f"finetuned{number}")
             for (task, pool, l), r in results.items():
                 row = {"model": name, "task": task, "pool": pool, "layer": l, "top1": r["top1"]}
                 report["accuracy"].append(row | {"interval": r["interval"]})

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 train.py --size 1b --data tokens/howto100m=0.6 tokens/imagenet=0.2 ...
     python train.py --evaluate                         the loss of the checkpoint in --out, by source, frame and token
     python train.py --size 1b --dry-run 64             what a run on 64 GPUs would need
-    python train.py --export FOLDER                    the checkpoint in --out as a Hugging Face LlamaForCausalLM
+    python train.py --export FOLDER                    the checkpoint in --out as a Hugging Face LlamaForCausalLM, or
+                                                       with --init-from FILE another, as of probe.py --finetune
 
 Reads token folders; a folder of media is tokenized first, with out/dvae.pt, which is trained first if it is missing.
 Writes to --out: toto.pt (everything needed to resume), best.pt (the save of the lowest validation loss), log.jsonl (one
@@ -529,8 +530,8 @@ def evaluate_checkpoint(args, device):
 
 
 def export(args):
-    """--export: the checkpoint in --out as a folder for Hugging Face's LlamaForCausalLM."""
-    toto.export_hf(toto.load(args.out / "toto.pt"), args.export)
+    """--export: the checkpoint in --out, or --init-from, as a folder for Hugging Face's LlamaForCausalLM."""
+    toto.export_hf(toto.load(args.init_from or args.out / "toto.pt"), args.export)
     print(f"wrote {args.export}: AutoModelForCausalLM.from_pretrained({str(args.export)!r}) reads it")
 
 
@@ -628,7 +629,7 @@ def parse_arguments():
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
     add("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
     add("--evaluate", action="store_true", help="no training: the loss of the checkpoint in --out on --data, in detail")
-    add("--export", type=Path, metavar="FOLDER", help="no training: that checkpoint for Hugging Face's Llama")
+    add("--export", type=Path, metavar="FOLDER", help="no training: --init-from or --out for Hugging Face's Llama")
     add("--dry-run", type=count, nargs="?", const=1, metavar="N", help="no training: what N GPUs would need, or CPUs")
     args = parser.parse_args()
     args.asked = {"resolution": args.resolution, "stride": args.stride}  # what token folders must agree with

@@ -264,6 +264,28 @@ def test_fine_tuning_an_image_folder(setting, capsys, arguments):
     assert ("blocks.2.mlp.out.weight" in changed) == ("full" not in arguments)  # beyond layer 2: Eq. 2 alone
 
 
+def test_a_fine_tuned_trunk_is_a_checkpoint(setting, capsys):
+    """toto.load, sample.py, train.py and probe.py read it, at the resolution and RoPE base that it was tuned with."""
+    before, path = (setting / "toto.pt").read_bytes(), setting / "out" / "finetuned.pt"
+    arguments = ["--layer", "2", "--pool", "attention", "--epochs", "1"]
+    run_probe(setting, *arguments, "--finetune", "both", "--resolution", "32", "--rope-base", "50000")
+    assert f"wrote {path}" in capsys.readouterr().out and (setting / "toto.pt").read_bytes() == before
+    weights, trunk = toto.load(path).state_dict(), trained_parts(setting)["trunk"]
+    assert all(torch.equal(weights[name], trunk[name]) for name in trunk)
+    checkpoint = toto.load_checkpoint(path)
+    assert checkpoint["resolution"] == 32 and checkpoint["config"].rope_base == 50_000
+    assert checkpoint["plan"]["grid"] == [4, 4] and checkpoint["plan"]["frames"] == checkpoint["frames"] == 4
+    read = ["--checkpoint", path, "--out", setting / "read"]
+    in_process("sample.py", *read, "--frames", "2", "--prompt-frames", "1", "--samples", "1", "--device", "cpu")
+    assert np.load(setting / "read" / "sample.npy").shape == (1, 2, 4, 4)
+    in_process("train.py", "--export", setting / "read" / "hf", "--init-from", path)
+    assert json.loads((setting / "read" / "hf" / "config.json").read_text())["rope_theta"] == 50_000
+    in_process(*command(setting, *arguments, *read))
+    assert "clips of 16 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--finetune writes finetuned.pt to .*; give another --out"):
+        run_probe(setting, *arguments, "--finetune", "full", "--checkpoint", path)
+
+
 def test_two_processes_are_one(setting, monkeypatch):
     """The same steps on the same clips, under torchrun or not: the same weights and averages of AdamW.
 
