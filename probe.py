@@ -1,7 +1,8 @@
 """Probing and fine-tuning: how good are the features of each layer (§3.5, §4.2 to §4.4, §4.8, A.2 to A.4, A.7)?
 
     python probe.py --layer all                    the built-in world: what moves (shape) and how it moves (motion)
-    python probe.py --layer mid --data FOLDER      your data: FOLDER/train/<class>/* and FOLDER/val/<class>/*
+    python probe.py --layer mid --data FOLDER      your data: FOLDER/train/<class>/* and FOLDER/val/<class>/*, or token
+                                                   folders of the two (data.py), FOLDER/train and FOLDER/val
     python probe.py --layer 0,3,6 --pool average   linear probes of three layers
     python probe.py --finetune joint               §4.2: probes beside a trunk that keeps learning next-token prediction
     python probe.py --finetune full                A.2, A.3: the classes reach the trunk
@@ -171,6 +172,8 @@ class ProbeSet:
     §4.3 and Table 8, the views of SlowFast: n_views windows of n_frames, the i-th starting at
     (length - n_frames) · i / n_views, of each of n_crops crops, which the token folder stores as clips that follow one
     another. Not in the paper: one view is the middle one. Windows start at frames that the stride keeps.
+
+    Training sees §3.4's "random crop of R x R x T": in each epoch one of the crops, and of a longer video any window.
     """
 
     def __init__(self, tokens, n_frames, n_views=1, n_crops=1, classes=None):
@@ -179,8 +182,6 @@ class ProbeSet:
             raise ValueError(f"{source}: has both images and videos; probe one kind at a time")
         if not tokens.labels or None in tokens.labels.get("class", []):
             raise ValueError(f"{source}: files must lie in one sub-folder per class")
-        if (n_views, n_crops) != (1, 1) and not is_video.all():
-            raise ValueError(f"{source}: --views are for videos; here are images")
         labels = {task: names[::n_crops] for task, names in tokens.labels.items()}
         self.classes = classes or {task: sorted(set(names)) for task, names in labels.items()}
         for task, names in self.classes.items():  # a class without an example, or without a head, is a mistake
@@ -189,20 +190,38 @@ class ProbeSet:
                 if difference:
                     raise ValueError(f"{source}: has a {task} {what}: {', '.join(sorted(difference))}")
         self.labels = {t: torch.tensor([names.index(l) for l in labels[t]]) for t, names in self.classes.items()}
-        self.names = tokens.names[::n_crops]
-        frames = n_frames if is_video.all() else 1  # an image is a clip of one frame
-        spare = np.maximum(tokens.length - frames, 0)
-        starts = [spare // 2] if n_views == 1 else [spare * i // n_views for i in range(n_views)]
-
-        def sequences(clip):
-            crops = range(clip * n_crops, (clip + 1) * n_crops)
-            codes = [tokens.codes(i, start[i], frames) for i in crops for start in starts]
-            return [data.to_sequence(view, is_video.all())[:-1].astype(np.int16) for view in codes]
-
-        self.ids = torch.from_numpy(np.array([sequences(clip) for clip in range(len(self.names))]))
+        self.names, self.tokens, self.n_crops = tokens.names[::n_crops], tokens, n_crops
+        self.n_frames = n_frames if is_video.all() else 1  # an image is a clip of one frame
+        self.spare = np.maximum(tokens.length[::n_crops] - self.n_frames, 0)  # a window may start at 0 … spare
+        starts = [self.spare // 2] if n_views == 1 else [self.spare * i // n_views for i in range(n_views)]
+        views = [(crop, start) for crop in range(n_crops) for start in starts]
+        clips = range(len(self.names))
+        ids = [[self.sequence(clip, crop, start[clip]) for crop, start in views] for clip in clips]
+        self.ids = torch.from_numpy(np.array(ids))
+        self.is_longer = bool(self.spare.any())  # than one window: an epoch may see others than those in ids
 
     def __len__(self):
         return len(self.ids)
+
+    def sequence(self, clip, crop, start):
+        """ids int16 (1 + T,), without the end token: a probe reads H_l where codes are inputs."""
+        codes = self.tokens.codes(clip * self.n_crops + crop, start, self.n_frames)
+        return data.to_sequence(codes, self.n_frames > 1)[:-1].astype(np.int16)
+
+    def draw(self, generator):
+        """What an epoch sees of the clips: a crop and a window's first frame of each, two (N,).
+
+        Not in the paper: the crops are K stored ones (--crops), since new ones would need the tokenizer; no flips.
+        """
+        crops, starts = torch.randint(2**62, (2, len(self)), generator=generator)
+        return crops % self.n_crops, starts % torch.from_numpy(self.spare + 1)
+
+    def drawn(self, rows, crops, starts):
+        """The ids (B, 1 + T) of some clips, of the crops and windows that are drawn for all."""
+        if not self.is_longer:
+            return self.ids[rows, crops[rows]]
+        drawn = zip(*(x.tolist() for x in (rows, crops[rows], starts[rows])))
+        return torch.from_numpy(np.array([self.sequence(*key) for key in drawn]))
 
 
 def load_sets(args, checkpoint, tokenizer):
@@ -210,17 +229,23 @@ def load_sets(args, checkpoint, tokenizer):
     sets, resolution, stride = [], args.resolution or checkpoint["resolution"], checkpoint["stride"]
     n_views, n_crops = args.views
     for split, world in (("train", WORLD_TRAIN), ("val", WORLD_VAL)):
-        crops = n_crops if split == "val" else 1
-        if args.data is None:
-            source, shards = f"world-{split}", data.world_shards(world, resolution, checkpoint["frames"])
+        how = (1, args.crops) if split == "train" else (n_views, n_crops, sets[0].classes)
+        crops = data.THREE if split == "val" and n_crops == 3 else how[1]
+        source = Path(args.data) / split if args.data else f"world-{split}"
+        if args.data and not source.is_dir():
+            raise ValueError(f"{source}: no such folder; --data needs train/<class>/* and val/<class>/*")
+        if args.data and data.is_token_folder(source):
+            tokens, grid = data.Tokens(source), 2 * [resolution // tokenizer.pixels_per_code]
+            made = {"tokenizer": checkpoint["tokenizer"], "resolution": resolution, "grid": grid, "crops": crops}
+            made |= {"stride": stride} if tokens.length.max() > 1 else {}
+            data.check_same(source, tokens.meta, made, "a token folder keeps what it was made with")
         else:
-            source = Path(args.data) / split
-            if not source.is_dir():
-                raise ValueError(f"{source}: no such folder; --data needs train/<class>/* and val/<class>/*")
-            shards = data.media_shards(source, resolution, stride)
-        places = data.THREE if crops == 3 else 1
-        tokens = data.tokenize_cached(source, shards, args.out / "tokens", tokenizer, resolution, stride, places)
-        how = () if split == "train" else (n_views, crops, sets[0].classes)
+            shards = data.world_shards(world, resolution, checkpoint["frames"])
+            if args.data:
+                shards = data.media_shards(source, resolution, stride)
+            tokens = data.tokenize_cached(source, shards, args.out / "tokens", tokenizer, resolution, stride, crops)
+        if split == "val" and args.views != (1, 1) and tokens.length.max() == 1:
+            raise ValueError(f"{source}: --views are for videos; here are images")
         sets.append(ProbeSet(tokens, checkpoint["frames"], *how))
     if len(sets[0]) < 2:
         raise ValueError("probing needs at least 2 training clips")
@@ -228,16 +253,18 @@ def load_sets(args, checkpoint, tokenizer):
 
 
 class Features:
-    """§3.5: H_l of the asked layers, {l: (B, T, D)}, of any sequences (N, 1 + T); kept if they fit in KEEP_BYTES.
+    """§3.5: H_l of the asked layers, {l: (B, T, D)}, of the sequences of a set; kept if they fit in KEEP_BYTES.
 
-    A frozen trunk gives the same features in every epoch, and one pass gives those of all layers.
+    A frozen trunk gives the same features in every epoch, and one pass gives those of all layers. Row clip · views + i
+    is view i of a clip. Windows that are drawn anew in every epoch are no rows: they go through `compute`.
     """
 
-    def __init__(self, model, ids, layers, args, device):
+    def __init__(self, model, split, layers, args, device, keep=True):
+        ids = split.ids.flatten(0, 1)
         self.model, self.ids, self.layers, self.device = model, ids, layers, device
         self.causal, self.kept = args.attention == "causal", None
         n_bytes = ids.numel() * model.config.dim * len(layers) * model.compute_dtype.itemsize
-        if n_bytes <= KEEP_BYTES and len(ids) >= data.world_size():
+        if keep and n_bytes <= KEEP_BYTES and len(ids) >= data.world_size():
             shape = len(ids), ids.shape[1] - 1, model.config.dim
             self.kept = {l: torch.empty(shape, dtype=model.compute_dtype, device=device) for l in layers}
             shares = torch.arange(len(ids)).tensor_split(data.world_size())  # each process computes one
@@ -264,9 +291,11 @@ class Pixels:
     """The pixels themselves as the features of layer 0, {0: (B, 1, pixels)}: what is there before any tokens."""
 
     def __init__(self, split, folder, resolution):
-        paths = [folder / name for name in split.names]
-        frames = [data.crop(next(iter(data.read_frames(path, resolution))), resolution) for path in paths]
-        self.x = torch.from_numpy(np.stack(frames)).flatten(1)[:, None]
+        crops = []
+        for name in split.names:
+            image = next(iter(data.read_frames(folder / name, resolution)))
+            crops += [data.crop(image, resolution, place) for place in data.crop_places(name, split.n_crops)]
+        self.x = torch.from_numpy(np.stack(crops)).flatten(1)[:, None]
 
     def __getitem__(self, rows):
         return {0: self.x[rows].float() / 255}
@@ -345,16 +374,18 @@ def train_heads(heads, features, split, settings, path, args, device, model=None
     file = data.state_file(path, parts, settings, refuse=False)
     for step, bar in data.resumable_steps("probing", n_steps, **file):
         epoch, batch = divmod(step, batches_per_epoch)  # the last, incomplete batch of an epoch is left out
-        if batch == 0 or order is None:
-            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed + epoch))
+        if batch == 0 or order is None:  # the seed and the epoch alone decide what a step sees
+            generator = torch.Generator().manual_seed(args.seed + epoch)
+            order, (crops, starts) = torch.randperm(len(split), generator=generator), split.draw(generator)
         rows = order[batch * args.batch :][: args.batch][data.rank() :: data.world_size()]  # this process's clips
         for group in optimizer.param_groups:  # not in the paper: a cosine to zero, without a warm-up
             group["lr"] = args.lr * group["scale"] * (1 + math.cos(math.pi * step / n_steps)) / 2
+        ids, loss = split.drawn(rows, crops, starts), 0.0
         if args.finetune:
-            ids = split.ids[rows, 0].to(device).long()
+            ids = ids.to(device).long()
             x, loss = fine_tuned_features(model, ids, layers, args.finetune, args.attention == "causal")
         else:
-            x, loss = features[rows], 0.0
+            x = features.compute(ids) if split.is_longer else features[rows * split.n_crops + crops[rows]]
         for (task, pool, l), head in heads.items():  # one loss a head; joint adds the trunk's own
             logits, labels = head(x[l].to(device)), split.labels[task][rows].to(device)
             loss = loss + F.cross_entropy(logits, labels)
@@ -448,10 +479,10 @@ def probe_run(name, model, layers, pools, dim, sets, args, device, checkpoint, p
         of_train, of_val = Pixels(train, folder / "train", resolution), Pixels(val, folder / "val", resolution)
         train_heads(heads, of_train, train, settings, path, args, device)
     else:
-        of_train = None if args.finetune else Features(model, train.ids[:, 0], layers, args, device)
+        of_train = None if args.finetune else Features(model, train, layers, args, device, not train.is_longer)
         train_heads(heads, of_train, train, settings, path, args, device, model)
         del of_train  # makes room
-        of_val = Features(model, val.ids.flatten(0, 1), layers, args, device)
+        of_val = Features(model, val, layers, args, device)
     return evaluate(heads, of_val, val, args, device), settings
 
 
@@ -483,7 +514,7 @@ def parse_arguments():
     about = lambda name: f"(default: {PAPER[name]:g}, or {LAPTOP[name]:g} for tiny)"
     add("--layer", default="mid", help="mid (L // 2), a number, numbers with commas, or all; 0 is the embedding")
     add("--pool", nargs="+", default=["attention", "average"], choices=POOLS, help="from tokens to one vector (§3.5)")
-    add("--data", help="folder with train/<class>/* and val/<class>/* (default: the built-in world)")
+    add("--data", help="folder with train/<class>/* and val/<class>/*, or with two token folders (default: the world)")
     add("--checkpoint", nargs="+", default=["out/toto.pt"], type=Path, help="models trained by train.py")
     add("--tokenizer", type=Path, help="the models' tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for probe.json, probe.pt, finetuned.pt and cached tokens")
@@ -491,7 +522,8 @@ def parse_arguments():
     add("--finetune", choices=["joint", "full", "both"], help=words)
     add("--attention", default="causal", choices=["causal", "full"], help="full: every token sees every other (A.2)")
     add("--views", type=parse_views, default="1x1", metavar="VxS", help="clips and crops of a video: 10x3 in §4.3")
-    add("--baselines", action="store_true", help="probe an untrained model too, and with images their raw pixels")
+    add("--crops", type=count, default=1, help="random crops of each training clip, of which an epoch sees one")
+    add("--baselines", action="store_true", help="probe an untrained model too, and of image files raw pixels")
     add("--resolution", type=dvae.frame_side, help="side of the frames in pixels (default: that of the training)")
     add("--rope-base", type=positive, help="RoPE's base (default: the checkpoint's; 50,000 at 32 x 32 tokens, §4.2)")
     add("--epochs", type=count, help=f"passes over the training set {about('epochs')}")
@@ -505,8 +537,8 @@ def parse_arguments():
         raise ValueError(f"--finetune writes finetuned.pt to {args.out}, where it is read from; give another --out")
     if args.baselines and args.finetune:
         raise ValueError("--baselines are frozen: leave out --finetune")
-    if args.views != (1, 1) and args.data is None:
-        raise ValueError("--views: a clip of the built-in world is one view; give videos with --data")
+    if (args.views, args.crops) != ((1, 1), 1) and args.data is None:
+        raise ValueError("--views, --crops: a clip of the built-in world is one view; give --data")
     return args
 
 
@@ -536,7 +568,8 @@ def main():
             torch.manual_seed(args.seed)  # what of an accuracy is the architecture's, and what is the training's
             untrained = toto.Toto(config, model.compute_dtype).to(device).eval().requires_grad_(False)
             runs[f"{path}, untrained"] = (untrained, layers, args.pool, config.dim)
-            if args.data and train.ids[0, 0, 0] == toto.IMAGE_START:
+            folders = [Path(args.data) / split for split in ("train", "val")] if args.data else []
+            if folders and not any(map(data.is_token_folder, folders)) and train.ids[0, 0, 0] == toto.IMAGE_START:
                 n_pixels = 3 * (args.resolution or checkpoint["resolution"]) ** 2
                 runs[f"{path}, raw pixels"] = (None, [0], ["average"], n_pixels)
         for name, run in runs.items():

@@ -240,7 +240,7 @@ def test_full_fine_tuning_reaches_the_trunk_up_to_the_layer():
 
 
 def test_both_losses_reach_the_trunk():
-    """§4.4: without the stop-gradient the trunk gets the gradient of Eq. 2 and that of the classes, one plus the other."""
+    """§4.4: without the stop-gradient the trunk gets the gradient of Eq. 2 plus that of the classes."""
     both, alone = gradients_of_the_trunk("both")[0], gradients_of_the_trunk("joint")[0]
     classes = gradients_of_the_trunk("full")[0]
     for name, gradient in both.items():
@@ -342,6 +342,93 @@ def test_views_of_videos(tmp_path, untrained_tokenizer):
     assert torch.equal(found.ids[1, :, 1:].long(), torch.stack(views).flatten(1) + toto.FIRST_CODE)
 
 
+@pytest.fixture
+def token_folders(setting, untrained_tokenizer):
+    """Videos of 7 frames as token folders, for a model of 4 frames: two random crops of those for training."""
+    rng = np.random.default_rng(0)
+    for split, n, crops in (("train", 12, 2), ("val", 4, 1)):
+        videos = [(str(i % 2), rng.integers(0, 255, (7, 16, 40, 3), dtype=np.uint8)) for i in range(n)]
+        read = [lambda label=label, video=video: ({"class": label}, iter(video)) for label, video in videos]
+        items = [data.Item(f"{i}.mp4", one) for i, one in enumerate(read)]
+        data.tokenize([items], setting / "tokens" / split, untrained_tokenizer, 16, 4, crops)
+    return setting / "tokens"
+
+
+def test_epochs_see_random_crops_and_windows(token_folders):
+    """§3.4: "a random crop of R x R x T". Any of the crops and any window, decided by the seed and the epoch alone."""
+    tokens = data.Tokens(token_folders / "train")
+    split = probe.ProbeSet(tokens, 4, n_crops=2)
+    rows, seen = torch.tensor([7, 0, 3]), set()
+    for epoch in range(100):
+        crops, starts = split.draw(torch.Generator().manual_seed(epoch))
+        again = split.draw(torch.Generator().manual_seed(epoch))
+        assert torch.equal(crops, again[0]) and torch.equal(starts, again[1]) and len(crops) == len(starts) == 12
+        codes = split.drawn(rows, crops, starts)[:, 1:].view(3, 4, 2, 2) - toto.FIRST_CODE
+        for i, row in enumerate(rows.tolist()):
+            crop, start = crops[row].item(), starts[row].item()
+            assert np.array_equal(codes[i], tokens.codes(2 * row + crop)[start : start + 4])
+            seen.add((row, crop, start))
+    assert seen == {(row, crop, start) for row in (0, 3, 7) for crop in range(2) for start in range(4)}
+    as_long = probe.ProbeSet(tokens, 7, n_crops=2)  # just one window: what is drawn is in memory already
+    crops, starts = as_long.draw(torch.Generator().manual_seed(0))
+    assert not as_long.is_longer and not starts.any()
+    assert torch.equal(as_long.drawn(rows, crops, starts), as_long.ids.flatten(0, 1)[2 * rows + crops[rows]])
+
+
+def test_an_epoch_sees_one_crop_of_each_clip(setting, monkeypatch):
+    """Features that are kept, of all crops, are those that the heads get: one crop of every clip an epoch."""
+    arguments, places = ["--layer", "2", "--crops", "3", "--epochs", "9", "--batch", "40"], []
+    get = probe.Features.__getitem__
+    with monkeypatch.context() as patch:
+        patch.setattr(probe.Features, "__getitem__", lambda self, rows: places.append(rows) or get(self, rows))
+        run_probe(setting, *arguments)
+    kept, epochs = trained_parts(setting), torch.cat(places[:18]).view(9, 80)
+    assert all(torch.equal((epoch // 3).sort().values, torch.arange(80)) for epoch in epochs)
+    assert all(200 < (epochs % 3 == crop).sum() < 280 for crop in range(3))  # of 720
+    (setting / "out" / "probe.pt").unlink()
+    monkeypatch.setattr(probe, "KEEP_BYTES", 0)
+    run_probe(setting, *arguments)
+    for name, state in trained_parts(setting).items():
+        assert all(torch.equal(value, kept[name][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("how", [[], ["--finetune", "joint"]])
+def test_probing_token_folders_resumes_exactly(token_folders, monkeypatch, how):
+    """With other crops and windows in every epoch."""
+    setting, seen = token_folders.parent, []
+    arguments = ["--data", token_folders, "--crops", "2", "--layer", "2", "--epochs", "4", "--batch", "4", *how]
+    stream = toto.Toto.residual_stream
+    with monkeypatch.context() as patch:
+        patch.setattr(toto.Toto, "residual_stream", lambda self, ids, *how: seen.append(ids) or stream(self, ids, *how))
+        assert run_probe(setting, *arguments)["clips"] == [12, 4]
+    # Of 4 epochs of 12 clips, and 4 for validation; two crops without windows would be 24 and 4.
+    assert len({tuple(ids.tolist()) for batch in seen for ids in batch}) > 32
+    undisturbed = trained_parts(setting)
+    (setting / "out" / "probe.pt").unlink()
+    answers = [False] * 4 + [True]  # in the second epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "is_stop_asked", lambda signals: answers.pop(0))
+        with pytest.raises(KeyboardInterrupt):
+            run_probe(setting, *arguments)
+    run_probe(setting, *arguments)
+    for name, state in trained_parts(setting).items():
+        assert all(torch.equal(value, undisturbed[name][key]) for key, value in state.items())
+
+
+def test_token_folders_that_do_not_fit(token_folders):
+    setting, base = token_folders.parent, ["--data", token_folders, "--crops", "2"]
+    with pytest.raises(ValueError, match="train: its crops is 2, here it is 1; a token folder keeps"):
+        run_probe(setting, *base, "--crops", "1")
+    with pytest.raises(ValueError, match="train: its resolution is 16, here it is 32"):
+        run_probe(setting, *base, "--resolution", "32")
+    meta = token_folders / "val" / "meta.json"
+    good = json.loads(meta.read_text())
+    for what, other in (("stride", 2), ("tokenizer", "another")):
+        data.write_json(good | {what: other}, meta)
+        with pytest.raises(ValueError, match=f"val: its {what} is {other}, here it is"):
+            run_probe(setting, *base)
+
+
 def test_probabilities_of_views_are_averaged():
     """Two views lean to class 0, the third is sure of class 1: their logits would give 1."""
 
@@ -360,8 +447,8 @@ def test_probabilities_of_views_are_averaged():
     assert result["classes"].tolist() == [0, 0, 0] and result["top1"] == pytest.approx(2 / 3)
 
 
-def test_baselines(setting, capsys):
-    report = run_probe(setting, "--layer", "2", "--baselines")
+def test_baselines(setting, untrained_tokenizer, capsys):
+    report = run_probe(setting, "--layer", "2", "--baselines", "--crops", "2")
     assert report["clips"] == [80, 40]
     models = [row["model"] for row in report["accuracy"]]
     path = setting / "toto.pt"
@@ -372,6 +459,11 @@ def test_baselines(setting, capsys):
     assert sorted(path.name for path in (setting / "out").glob("*.pt")) == ["probe-2.pt", "probe-3.pt", "probe.pt"]
     with pytest.raises(ValueError, match="--views are for videos; here are images"):
         run_probe(setting, "--views", "1x3")
+    for split in ("train", "val"):  # token folders have no pixels
+        shards = data.media_shards(setting / "images" / split, 16, 4)
+        data.tokenize(shards, setting / "tokens" / split, untrained_tokenizer, 16, 4)
+    report = run_probe(setting, "--baselines", "--epochs", "1", "--data", setting / "tokens")
+    assert list(report["runs"]) == [str(path), f"{path}, untrained"]
 
 
 def test_new_weights_and_new_labels_are_probed_anew(setting):
