@@ -100,8 +100,8 @@ class AttentionPool(nn.Module):
     """§3.5's attention pooling: one learned query cross-attends to all tokens, then a linear classifier.
 
     Video tokens look at their past alone, so the later ones know more, and which of them matter differs from clip to
-    clip: a mean cannot choose, a query can. Not in the paper, as in AIM: as many heads as the trunk has, no biases, q
-    from N(0, 0.02), and a batch norm without parameters on the tokens.
+    clip: a mean cannot choose, a query can. Not in the paper, as in AIM: q, one vector of width D from N(0, 0.02), is
+    split over as many heads as the trunk has; no biases; a batch norm without parameters on the tokens.
     """
 
     def __init__(self, dim, n_heads, n_classes):
