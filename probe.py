@@ -515,7 +515,7 @@ def parse_arguments():
     add("--layer", default="mid", help="mid (L // 2), a number, numbers with commas, or all; 0 is the embedding")
     add("--pool", nargs="+", default=["attention", "average"], choices=POOLS, help="from tokens to one vector (§3.5)")
     add("--data", help="folder with train/<class>/* and val/<class>/*, or with two token folders (default: the world)")
-    add("--checkpoint", nargs="+", default=["out/toto.pt"], type=Path, help="models trained by train.py")
+    add("--checkpoint", nargs="+", default=[Path("out/toto.pt")], type=Path, help="models trained by train.py")
     add("--tokenizer", type=Path, help="the models' tokenizer (default: dvae.pt beside the checkpoint)")
     add("--out", default="out", type=Path, help="folder for probe.json, probe.pt, finetuned.pt and cached tokens")
     words = "train the model too, by next tokens, the classes, or both losses (default: it stays frozen)"
