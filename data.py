@@ -8,7 +8,8 @@
 
 A token folder holds numbered shards, each an array NNNNN.npy of uint16 codes (frames, h, w) and an index NNNNN.json of
 the clips in it (name, number of frames, labels), and meta.json, which names the tokenizer, the resolution and the
-stride. An image is a clip of one frame; everything downstream treats the two alike, save the start token.
+stride it was stored at. An image is a clip of one frame; everything downstream treats the two alike, save the start
+token.
 
 Only the program at the end of the file loads a tokenizer; all functions are handed one, and need no more of it than
 `encode`, `fingerprint`, `config.vocab_size`, `compute_dtype` and `pixels_per_code`. The last section has what every
@@ -484,10 +485,18 @@ class Tokens:
     def __len__(self):
         return len(self.length)
 
-    def codes(self, clip, first=0, n_frames=None):
-        """Frames first … first + n_frames - 1 of a clip, uint16 (F, h, w); past its end the last frame repeats."""
-        n_frames = self.length[clip] if n_frames is None else n_frames
-        frames = np.minimum(np.arange(n_frames), self.length[clip] - first - 1)
+    def step(self, stride):
+        """§3.4: "sample every 4 frames", of which the folder holds some: how many stored frames a stride goes on by."""
+        stored = self.meta["stride"]
+        if stride % stored and self.length.max() > 1:
+            words = f"was stored at stride {stored}, which cannot give stride {stride}; ask for a multiple of {stored}"
+            raise ValueError(f"{self.folder}: {words}")
+        return max(stride // stored, 1)
+
+    def codes(self, clip, first=0, n_frames=None, step=1):
+        """n_frames of a clip, from `first` on in steps, uint16 (F, h, w); past its end the last one repeats."""
+        n_left = (int(self.length[clip]) - first - 1) // step + 1
+        frames = np.minimum(np.arange(n_left if n_frames is None else n_frames), n_left - 1) * step
         # A plain read: no header to parse, a seventh of the time of opening a memory map, and nothing that stays in
         # memory, as a map of all that was ever read through it would.
         path = self.folder / f"{self.shard[clip]:05d}.npy"
@@ -518,34 +527,41 @@ def to_sequence(codes, is_video):
 class Source:
     """The sequences of one token folder: of its training clips, or of the held-out ones.
 
-    Not in the paper: a video of n frames gives n // F windows (at least one), so that a pass shows every frame about
-    once; F images at a time make a sequence. Short videos end by repeating their last frame.
+    §3.4 samples every 4th frame. A folder that stores more holds each video several times over, one frame later each:
+    its phases, whose frames lie `step` stored ones apart. Not in the paper: a video of n stored frames gives n // F
+    windows (at least one), so that a pass shows every stored frame about once; its windows, and passes, take the phases
+    in turn, but validation sees the first alone. F images at a time make a sequence. Short videos end by repeating
+    their last frame.
     """
 
-    def __init__(self, tokens, n_frames, held_out=False, share=HELD_OUT):
-        self.tokens, self.n_frames = tokens, n_frames
+    def __init__(self, tokens, n_frames, held_out=False, share=HELD_OUT, step=1):
+        self.tokens, self.n_frames, self.step = tokens, n_frames, step
+        self.n_phases = 1 if held_out else step
         clips = np.flatnonzero(is_held_out(tokens.names, share) == held_out)
         self.images, self.videos = clips[tokens.length[clips] == 1], clips[tokens.length[clips] > 1]
-        self.windows = np.cumsum(np.maximum(tokens.length[self.videos] // n_frames, 1))  # up to each video
+        shown = -(-tokens.length[self.videos] * self.n_phases // step)  # frames of these phases, rounded up
+        self.windows = np.cumsum(np.maximum(shown // n_frames, 1))  # up to each video
         self.n_videos = int(self.windows[-1]) if len(self.windows) else 0
         self.n_images = max(len(self.images) // n_frames, min(len(self.images), 1))
 
     def __len__(self):
         return self.n_videos + self.n_images
 
-    def sequence(self, k, images, rng=None):
-        """Sequence k of a pass, ids (F·h·w + 2,). `images` is the pass's order of images; rng shifts the windows."""
+    def sequence(self, k, images, epoch=0, rng=None):
+        """Sequence k of pass `epoch`, ids (F·h·w + 2,). `images` is its order of images; rng shifts the windows."""
         if k >= self.n_videos:
             k = (k - self.n_videos) * self.n_frames
             picked = images[np.arange(k, k + self.n_frames) % len(images)]  # fewer than F images start over
             return to_sequence(np.concatenate([self.tokens.codes(i) for i in picked]), is_video=False)
         video = np.searchsorted(self.windows, k, side="right")
-        clip = self.videos[video]
-        first = (k - (self.windows[video - 1] if video else 0)) * self.n_frames
+        clip, window = self.videos[video], k - (self.windows[video - 1] if video else 0)
+        phase = (k + epoch) % min(self.n_phases, self.tokens.length[clip])
+        length = -(-(self.tokens.length[clip] - phase) // self.step)  # of the phase, in frames
+        first = window // self.n_phases * self.n_frames
         if rng is not None:
             first += rng.integers(-self.n_frames // 2, self.n_frames // 2 + 1)
-        first = np.clip(first, 0, max(self.tokens.length[clip] - self.n_frames, 0))
-        return to_sequence(self.tokens.codes(clip, first, self.n_frames), is_video=True)
+        first = phase + self.step * np.clip(first, 0, max(length - self.n_frames, 0))
+        return to_sequence(self.tokens.codes(clip, first, self.n_frames, self.step), is_video=True)
 
 
 class Mixture:
@@ -585,7 +601,7 @@ class Mixture:
         epoch, k = divmod(draw, len(self.sources[s]))
         order, images = self.order(s, epoch)
         rng = np.random.default_rng([self.seed, s, epoch, k])
-        return self.sources[s].sequence(order[k], images, rng), s
+        return self.sources[s].sequence(order[k], images, epoch, rng), s
 
 
 def is_token_folder(path):
@@ -595,7 +611,7 @@ def is_token_folder(path):
 
 
 def shards_of(path, resolution, stride, n_frames):
-    """The shards of a path; the names `world` and `world-masks` stand for the built-in clips."""
+    """The shards of a path; `world` and `world-masks` stand for the built-in clips, whose frames count as kept ones."""
     if str(path) in (WORLD, WORLD_MASKS) and not Path(path).exists():
         return world_shards(range(WORLD_CLIPS), resolution, n_frames, str(path))
     return media_shards(path, resolution, stride)
@@ -903,7 +919,7 @@ def main():
     add("--out", required=True, type=Path, help="the token folder to write")
     add("--tokenizer", default="out/dvae.pt", help="a tokenizer of dvae.py, or a folder with OpenAI's two files")
     add("--resolution", type=dvae.frame_side, default=128, help="R of §3.4, as in the training to come; tiny has 48")
-    add("--stride", type=count, default=4, help="keep every n-th frame of a video")
+    add("--stride", type=count, default=4, help="store every n-th frame of a video; training can ask for its multiples")
     add("--crops", type=count, default=1, help="1: the centre of each frame; more: as many random crops of each item")
     args = parser.parse_args()
     device = pick_device(args.device)

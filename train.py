@@ -190,7 +190,7 @@ class Run:
     """What training and evaluating share."""
 
     tokenizer: object  # None where token folders need no encoding
-    meta: dict  # of the token folders: tokenizer, grid, resolution, stride
+    meta: dict  # of the token folders: tokenizer, grid, resolution
     mixture: data.Mixture  # the training sequences (§3.3)
     held_out: dict  # {source: data.Source of its validation clips}
     source_weights: list
@@ -227,11 +227,12 @@ def open_run(args, device):
     tokenizer = prepare_tokenizer(args, specs, device)
     sources = prepare_sources(args, specs, tokenizer)
     weights, meta = [weight for _, weight in specs], next(iter(sources.values())).meta
-    mixture = data.Mixture([data.Source(tokens, args.frames) for tokens in sources.values()], weights, args.seed)
-    held_out = {name: data.Source(tokens, args.frames, held_out=True) for name, tokens in sources.items()}
+    sequences = lambda tokens, **how: data.Source(tokens, args.frames, step=tokens.step(args.stride), **how)
+    mixture = data.Mixture([sequences(tokens) for tokens in sources.values()], weights, args.seed)
+    held_out = {name: sequences(tokens, held_out=True) for name, tokens in sources.items()}
     n_sequences = sequences_in_a_step(args, math.prod(meta["grid"]), data.world_size())
     settings = {"tokenizer": meta["tokenizer"], "grid": meta["grid"], "data": specs, "frames": args.frames}
-    settings |= {"sequences in a step": n_sequences, "seed": args.seed}
+    settings |= {"stride": args.stride, "sequences in a step": n_sequences, "seed": args.seed}
 
     # The seed decides the initial weights and, through the mixture, what every step sees: nothing else is random.
     torch.manual_seed(args.seed)
@@ -242,7 +243,7 @@ def open_run(args, device):
     run = Run(tokenizer, meta, mixture, held_out, weights, model, n_sequences, settings)
     if start:  # new weights may see other data, at another resolution; the number of processes may always change
         keys = ["tokenizer", "grid", "frames"] if args.evaluate else settings if resumes else ["tokenizer"]
-        data.check_same(path, start["plan"], {key: settings[key] for key in keys}, advice)
+        data.check_same(path, start | start["plan"], {key: settings[key] for key in keys}, advice)
         model.load_state_dict(start["model"])
     if resumes:
         run.first_step, run.moments = start["step"], start["optimizer"]
@@ -342,7 +343,7 @@ def prepare_sources(args, specs, tokenizer):
         else:
             shards = data.shards_of(path, args.resolution, args.stride, args.frames)
             tokens = data.tokenize_cached(path, shards, args.out / "tokens", tokenizer, args.resolution, args.stride)
-        asked = {key: value for key, value in args.asked.items() if value}
+        asked = {"resolution": args.asked["resolution"] or tokens.meta["resolution"]}
         data.check_same(path, tokens.meta, asked, "a token folder keeps what it was made with")
         first = next(iter(sources.values()), tokens)  # one model reads all sources: they must be of one kind
         kind = {key: first.meta[key] for key in ("tokenizer", "grid")}
@@ -457,7 +458,7 @@ def save_checkpoint(args, run, optimizer, step):
         return
     checkpoint = {"model": weights, "optimizer": moments, "step": step, "config": asdict(run.model.config)}
     checkpoint |= {"plan": run.settings, "tokenizer": run.meta["tokenizer"], "resolution": run.meta["resolution"]}
-    checkpoint |= {"stride": run.meta["stride"], "frames": args.frames}
+    checkpoint |= {"stride": args.stride, "frames": args.frames}
     with data.atomic_open(path) as file:
         torch.save(checkpoint, file)
     if args.keep > 1:
@@ -614,7 +615,7 @@ def parse_arguments():
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: that of --out, trained first if missing)")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
     add("--frames", type=data.number(int, at_least=2), default=16, help="frames in a sequence")
-    add("--stride", type=count, help="keep every n-th frame of a video (default: 4)")
+    add("--stride", type=count, help="read every n-th frame of a video (default: 4)")
     add("--steps", type=count, help=f"optimizer steps {about('steps')}")
     add("--batch-tokens", type=count, help=f"visual tokens in a step, over all processes {about('batch_tokens')}")
     add("--micro-batch", type=count, default=4, help="sequences in one forward pass of one process")
@@ -632,7 +633,7 @@ def parse_arguments():
     add("--export", type=Path, metavar="FOLDER", help="no training: --init-from or --out for Hugging Face's Llama")
     add("--dry-run", type=count, nargs="?", const=1, metavar="N", help="no training: what N GPUs would need, or CPUs")
     args = parser.parse_args()
-    args.asked = {"resolution": args.resolution, "stride": args.stride}  # what token folders must agree with
+    args.asked = {"resolution": args.resolution, "stride": args.stride}  # None where nothing was
     args.stride = args.stride or 4
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:

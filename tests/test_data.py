@@ -30,10 +30,10 @@ def write_video(path, n_frames, size=(48, 64), fps=30):
     iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, output_params=["-crf", "0"], macro_block_size=1)
 
 
-def fake_tokens(folder, lengths, grid=(2, 3), names=None):
+def fake_tokens(folder, lengths, grid=(2, 3), names=None, stride=4):
     """A token folder whose frame f of clip c is full of the code 100 c + f."""
     folder.mkdir()
-    meta = {"shards": 1, "grid": list(grid), "tokenizer": "x", "vocab_size": 8192, "source": str(folder)}
+    meta = {"shards": 1, "grid": list(grid), "tokenizer": "x", "vocab_size": 8192, "source": str(folder), "stride": stride}
     (folder / "meta.json").write_text(json.dumps(meta))
     codes = [np.full(grid, 100 * c + f, np.uint16) for c, n in enumerate(lengths) for f in range(n)]
     np.save(folder / "00000.npy", np.stack(codes))
@@ -67,8 +67,86 @@ def test_source_makes_windows_of_videos_and_groups_of_images(tmp_path):
     images = source.sequence(3, source.images)
     assert images[0] == toto.IMAGE_START and frames(images) == [100, 300, 400, 100]
     # With rng, windows start anywhere, and always inside the clip.
-    starts = {frames(source.sequence(1, source.images, np.random.default_rng(s)))[0] for s in range(50)}
+    starts = {frames(source.sequence(1, source.images, 0, np.random.default_rng(s)))[0] for s in range(50)}
     assert starts == {2, 3, 4, 5}
+
+
+def frames_of(source, k, *how):
+    """Which stored frames of a fake clip sequence k shows."""
+    return ((source.sequence(k, source.images, *how)[1:-1:6] - toto.FIRST_CODE) % 100).tolist()
+
+
+def test_every_fourth_frame_from_every_phase(tmp_path):
+    """§3.4 samples every 4 frames. Of a folder that stores all of them, a pass shows each about once."""
+    tokens = fake_tokens(tmp_path / "t", [64], stride=1)
+    source = data.Source(tokens, 8, share=0.0, step=tokens.step(4))
+    assert len(source) == 8
+    shown = [frames_of(source, k) for k in range(8)]
+    assert all(np.diff(window).tolist() == 7 * [4] for window in shown)
+    assert sorted(sum(shown, [])) == list(range(64))
+    # In training windows shift, by whole steps, and stay within their phase; over four passes each has had them all.
+    mixture, starts = data.Mixture([source], [1.0], seed=0), {}
+    for p in range(40):
+        passes = [(mixture.sequence(8 * p + i)[0][1:-1:6] - toto.FIRST_CODE).tolist() for i in range(8)]
+        assert all(np.diff(window).tolist() == 7 * [4] for window in passes)
+        assert Counter(window[0] % 4 for window in passes) == {0: 2, 1: 2, 2: 2, 3: 2}
+        starts |= dict.fromkeys(window[0] for window in passes)
+    assert set(starts) == set(range(64 - 7 * 4))
+
+
+def test_windows_of_uneven_videos(tmp_path):
+    """A video that is no whole number of blocks, and two that are too short for one window at this stride."""
+    tokens = fake_tokens(tmp_path / "t", [58, 10, 3], stride=1)
+    source = data.Source(tokens, 4, share=0.0, step=4)
+    assert source.windows.tolist() == [14, 16, 17]
+    for k in range(12):
+        assert frames_of(source, k) == [16 * (k // 4) + k % 4 + 4 * i for i in range(4)]
+    assert frames_of(source, 12) == [44, 48, 52, 56] and frames_of(source, 13) == [45, 49, 53, 57]
+    assert frames_of(source, 14) == [2, 6, 6, 6] and frames_of(source, 15) == [3, 7, 7, 7]
+    assert [frames_of(source, 16, epoch) for epoch in (1, 2, 3)] == [[2] * 4, [0] * 4, [1] * 4]
+
+
+def test_a_stride_is_read_from_what_is_stored(tmp_path):
+    tokens = fake_tokens(tmp_path / "t", [20], stride=2)
+    assert (tokens.step(2), tokens.step(4), tokens.step(8)) == (1, 2, 4)
+    for stride in (1, 3, 5):
+        with pytest.raises(ValueError, match=f"was stored at stride 2, which cannot give stride {stride}; ask for a mul"):
+            tokens.step(stride)
+    assert fake_tokens(tmp_path / "images", [1, 1], stride=4).step(2) == 1  # images have no stride
+    assert tokens.codes(0, 3, 4, 5)[:, 0, 0].tolist() == [3, 8, 13, 18]
+    assert tokens.codes(0, 3, 5, 6)[:, 0, 0].tolist() == [3, 9, 15, 15, 15]
+
+
+def test_validation_does_not_depend_on_what_is_stored(tmp_path, monkeypatch):
+    """It sees the first phase alone, so that every 4th of all frames and a folder of every 4th give the same."""
+    lengths = [93, 40, 17, 5]
+    every = fake_tokens(tmp_path / "every", lengths, stride=1)
+    fourth = fake_tokens(tmp_path / "fourth", [-(-n // 4) for n in lengths])
+    monkeypatch.setattr(data, "is_held_out", lambda names, share: np.ones(len(names), dtype=bool))
+    a, b = (data.Source(tokens, 4, held_out=True, step=tokens.step(4)) for tokens in (every, fourth))
+    assert len(a) == len(b) == sum(max(-(-n // 4) // 4, 1) for n in lengths)
+    for k in range(len(a)):
+        assert frames_of(a, k) == [4 * t for t in frames_of(b, k)]
+
+
+def test_passes_over_table_2():
+    """§3.3 and Table 2: how often one trillion tokens, mixed as stated, go over each source; a folder of all frames.
+
+    Table 2 counts every frame: hours x 3600 s x 30 frames x 256 tokens. Here is a thousandth of its clips.
+    """
+    table = {  # instances, frames of each, billions of tokens, share of the mix, passes
+        "ImageNet": (13.9e6, 1, 3.6, 0.2, 55.6),
+        "Kinetics-600": (0.53e6, 1496 * 3600 * 30 / 0.53e6, 41.3, 0.1, 2.4),
+        "Ego4D": (52.1e3, 3750 * 3600 * 30 / 52.1e3, 103, 0.1, 0.97),
+        "HowTo100m": (1.172e6, 92627 * 3600 * 30 / 1.172e6, 2560, 0.6, 0.23),
+    }
+    for name, (instances, n_frames, billions, share, passes) in table.items():
+        names = [str(i) for i in range(round(instances / 1000))]
+        lengths = np.full(len(names), round(n_frames))
+        source = data.Source(SimpleNamespace(names=names, length=lengths), 16, share=0.0, step=4)
+        tokens = 1000 * len(source) * 16 * 256
+        assert tokens == pytest.approx(billions * 1e9, rel=0.02), name
+        assert share * 1e12 / tokens == pytest.approx(passes, rel=0.03), name
 
 
 # The sampler.

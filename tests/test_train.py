@@ -31,7 +31,7 @@ def tokens(tmp_path_factory, untrained_tokenizer):
     """A token folder of small world clips, its tokenizer beside it."""
     folder = tmp_path_factory.mktemp("data")
     dvae.save(untrained_tokenizer, folder / "dvae.pt")
-    data.tokenize(data.world_shards(range(60), 32, n_frames=4), folder / "tokens", untrained_tokenizer, 32, 1)
+    data.tokenize(data.world_shards(range(60), 32, n_frames=4), folder / "tokens", untrained_tokenizer, 32, 4)
     return folder
 
 
@@ -293,6 +293,26 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
     assert np.array_equal(data.Tokens(made).codes(5), tokens.codes(5))
     in_process("dvae.py", "--reconstruct", tmp_path / "media/1.mp4", "--out", tokenizer, "--resolution", 32)
     assert data.Image.open(tmp_path / "out/1-reconstructed.png").size == (3 * (128 + 4), 2 * (128 + 18))
+
+
+def test_a_folder_of_all_frames_trains_at_the_stride_asked_for(tmp_path, untrained_tokenizer, monkeypatch):
+    """§3.4's 4 where nothing is asked. What the checkpoint names is that, which a resumed run must keep."""
+    dvae.save(untrained_tokenizer, tmp_path / "dvae.pt")
+    data.tokenize(data.world_shards(range(20), 32, n_frames=16), tmp_path / "tokens", untrained_tokenizer, 32, 1)
+    folder, seen = data.Tokens(tmp_path / "tokens"), []
+    windows = {stride: {folder.codes(clip, first, 4, stride).tobytes(): first % stride
+                        for clip in range(20) for first in range(16 - 3 * stride)} for stride in (2, 4)}  # fmt: skip
+    take_step = train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *inputs: (seen.append(inputs[2]), take_step(*inputs))[1])
+    for stride, extra in ((4, []), (2, ["--stride", "2"])):
+        out, how = tmp_path / str(stride), ["--steps", "2", "--batch-tokens", "1024"]
+        in_process(*command(tmp_path, out, *how, *extra))
+        codes = torch.cat(seen)[:, 1:-1].numpy().astype(np.uint16) - toto.FIRST_CODE
+        phases = {windows[stride][sequence.tobytes()] for sequence in codes}
+        assert phases == set(range(stride)) and toto.load_checkpoint(out / "toto.pt")["stride"] == stride
+        seen.clear()
+    with pytest.raises(ValueError, match="its stride is 2, here it is 4; give another --out"):
+        in_process(*command(tmp_path, out, *how))
 
 
 def test_a_diverged_run_stops_before_it_saves(tokens, tmp_path, monkeypatch):
@@ -584,7 +604,7 @@ def test_a_refused_run_leaves_its_folder_as_it_was(tokens, undisturbed, tmp_path
     torch.manual_seed(1)
     other = dvae.DVAE(untrained_tokenizer.config)
     dvae.save(other, tmp_path / "other" / "dvae.pt")
-    data.tokenize(data.world_shards(range(60), 32, n_frames=4), tmp_path / "other" / "tokens", other, 32, 1)
+    data.tokenize(data.world_shards(range(60), 32, n_frames=4), tmp_path / "other" / "tokens", other, 32, 4)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     both = ["--data", str(tokens / "tokens"), str(tmp_path / "other" / "tokens")]
     with pytest.raises(ValueError, match="its tokenizer is .*/tokens is of another kind"):
@@ -612,7 +632,7 @@ BAD_INPUT = {
     "train.py --lr -1": "argument --lr: must be above 0",
     "train.py --data {tokens}/tokens --resolution 64": "its resolution is 32, here it is 64; a token folder",
     "train.py --out {tmp}/noise.pt": "{tmp}/noise.pt: file exists",
-    "train.py --data {tokens}/tokens --stride 2": "its stride is 1, here it is 2; a token folder keeps",
+    "train.py --data {tokens}/tokens --stride 2": "{tokens}/tokens: was stored at stride 4, which cannot give stride 2",
     "train.py --shard": "--shard splits a model over processes; start several with torchrun",
     "train.py --seed -1": "argument --seed: must be at least 0",
     "train.py --rope-base -5": "argument --rope-base: must be above 0",
