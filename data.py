@@ -486,7 +486,7 @@ class Tokens:
         return len(self.length)
 
     def step(self, stride):
-        """§3.4: "sample every 4 frames", of which the folder holds some: how many stored frames a stride goes on by."""
+        """§3.4: "sample every 4 frames". How many stored frames lie from one of those to the next: 1, or up to 4."""
         stored = self.meta["stride"]
         if stride % stored and self.length.max() > 1:
             words = f"was stored at stride {stored}, which cannot give stride {stride}; ask for a multiple of {stored}"
@@ -548,11 +548,15 @@ class Source:
         return self.n_videos + self.n_images
 
     def sequence(self, k, images, epoch=0, rng=None):
-        """Sequence k of pass `epoch`, ids (F·h·w + 2,). `images` is its order of images; rng shifts the windows."""
+        """Sequence k of pass `epoch` -> (ids (F·h·w + 2,), how many of its frames come before the repeats).
+
+        `images` is the pass's order of images; rng shifts the windows.
+        """
         if k >= self.n_videos:
             k = (k - self.n_videos) * self.n_frames
             picked = images[np.arange(k, k + self.n_frames) % len(images)]  # fewer than F images start over
-            return to_sequence(np.concatenate([self.tokens.codes(i) for i in picked]), is_video=False)
+            codes = np.concatenate([self.tokens.codes(i) for i in picked])
+            return to_sequence(codes, is_video=False), min(len(images), self.n_frames)
         video = np.searchsorted(self.windows, k, side="right")
         clip, window = self.videos[video], k - (self.windows[video - 1] if video else 0)
         phase = (k + epoch) % min(self.n_phases, self.tokens.length[clip])
@@ -561,7 +565,8 @@ class Source:
         if rng is not None:
             first += rng.integers(-self.n_frames // 2, self.n_frames // 2 + 1)
         first = phase + self.step * np.clip(first, 0, max(length - self.n_frames, 0))
-        return to_sequence(self.tokens.codes(clip, first, self.n_frames, self.step), is_video=True)
+        codes = self.tokens.codes(clip, first, self.n_frames, self.step)
+        return to_sequence(codes, is_video=True), min(length, self.n_frames)
 
 
 class Mixture:
@@ -601,7 +606,7 @@ class Mixture:
         epoch, k = divmod(draw, len(self.sources[s]))
         order, images = self.order(s, epoch)
         rng = np.random.default_rng([self.seed, s, epoch, k])
-        return self.sources[s].sequence(order[k], images, epoch, rng), s
+        return self.sources[s].sequence(order[k], images, epoch, rng)[0], s
 
 
 def is_token_folder(path):

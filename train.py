@@ -359,44 +359,50 @@ def prepare_sources(args, specs, tokenizer):
 def evaluate(model, held_out, micro_batch, device, limit=64, by_position=False):
     """For each source, over up to `limit` held-out sequences:
 
-    loss, in nats per visual token; loss_by_frame (A.1, Fig. 10), and loss_by_token if by_position; the accuracy of the
-    most probable next token on all frames but the first, beside that of repeating the code at the same place of the
-    frame before; and the entropy of the codes' unigram distribution, which is the loss of a model that knows nothing
-    but how frequent each code is.
+    loss, in nats per token, of codes and the end token as in training (Eq. 2); of the codes alone loss_by_frame (A.1,
+    Fig. 10), and loss_by_token if by_position; the accuracy of the most probable next token on all frames but the
+    first, beside that of repeating the code at the same place of the frame before; and the entropy of the codes'
+    unigram distribution, which is the loss of a model that knows nothing but how frequent each code is.
+    The repeats that fill up what is short are easy to predict, and do not count; nor does the end token after them.
     """
     results, rank, world_size = {}, data.rank(), data.world_size()
     for name, source in held_out.items():
         (h, w), n = source.tokens.meta["grid"], min(len(source), limit)
         if n == 0:
             continue
-        sums = torch.zeros(source.n_frames * h * w, 3, device=device)  # of loss, correct and repeated, by position
+        sums = torch.zeros(source.n_frames * h * w + 1, 4, device=device)  # loss, correct, repeated, 1; by position
         counts = torch.zeros(source.tokens.meta["vocab_size"] + toto.FIRST_CODE, dtype=torch.int64, device=device)
         order = np.linspace(0, len(source) - 1, n).round().astype(int)  # spread over all of them
         for start in range(0, n, micro_batch * world_size):
             # Every process runs the model as often as the others, which a sharded one needs: without work of its own,
             # on a sequence that does not count.
             mine = order[start + rank : start + micro_batch * world_size : world_size]
-            ids = np.stack([source.sequence(k, source.images) for k in (mine if len(mine) else order[:1])])
-            ids = torch.as_tensor(ids).to(device)
-            logits, targets = model(ids[:, :-1])[:, :-1], ids[:, 1:-1]  # every code is a target; the end token is not
+            sequences = [source.sequence(k, source.images) for k in (mine if len(mine) else order[:1])]
+            ids, n_real = (torch.as_tensor(np.stack(part)).to(device) for part in zip(*sequences))
+            logits, targets = model(ids[:, :-1]), ids[:, 1:]  # (B, T), T - 1 codes and the end token
             if not len(mine):
                 continue
             loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, T)
             correct, repeated = logits.argmax(dim=-1) == targets, torch.zeros_like(targets)
             repeated[:, h * w :] = targets[:, h * w :] == targets[:, : -h * w]
-            sums += torch.stack((loss, correct, repeated), dim=-1).sum(dim=0)  # (B, T, 3) -> (T, 3)
-            counts += torch.bincount(targets.flatten(), minlength=len(counts))
+            n_targets = n_real * h * w + (n_real == source.n_frames)
+            counted = torch.arange(len(sums), device=device) < n_targets[:, None]  # (B, T)
+            sums += (torch.stack((loss, correct, repeated, counted), dim=-1) * counted[..., None]).sum(dim=0)  # (T, 4)
+            counts += torch.bincount(targets[:, :-1][counted[:, :-1]], minlength=len(counts))
         if world_size > 1:
             dist.all_reduce(sums)
             dist.all_reduce(counts)
-        by_frame = (sums / n).view(-1, h * w, 3).mean(dim=1)  # (T, 3) -> (F, 3)
+        mean = lambda sums: sums[..., :3] / sums[..., 3:]
+        by_token = sums[:-1][sums[:-1, 3] > 0]  # (T - 1, 4), or less where all are short
+        by_frame = by_token.view(-1, h * w, 4).sum(dim=1)  # (F, 4)
+        _, accuracy, repeat_accuracy = mean(by_frame[1:].sum(dim=0)).tolist() if len(by_frame) > 1 else 3 * [None]
         results[name] = {
-            "loss": by_frame[:, 0].mean().item(),
-            "loss_by_frame": [round(x, 4) for x in by_frame[:, 0].tolist()],
-            "accuracy": by_frame[1:, 1].mean().item(),
-            "repeat_accuracy": by_frame[1:, 2].mean().item(),
+            "loss": mean(sums.sum(dim=0))[0].item(),
+            "loss_by_frame": [round(x, 4) for x in mean(by_frame)[:, 0].tolist()],
+            "accuracy": accuracy,
+            "repeat_accuracy": repeat_accuracy,
             "unigram_entropy": torch.special.entr(counts / counts.sum()).sum().item(),
-        } | ({"loss_by_token": (sums / n)[:, 0].tolist()} if by_position else {})
+        } | ({"loss_by_token": mean(by_token)[:, 0].tolist()} if by_position else {})
     return results
 
 
@@ -405,9 +411,11 @@ def print_results(results):
     for name, r in results.items():
         first, *later = r["loss_by_frame"]
         print(f"validation on {name}: {r['loss']:.3f} nats per token; the codes' unigram entropy is "
-              f"{r['unigram_entropy']:.3f}\n  first frame {first:.3f}, later frames {np.mean(later):.3f} (A.1)\n"
-              f"  next-token accuracy after the first frame {r['accuracy']:.3f}; repeating the previous frame gives "
-              f"{r['repeat_accuracy']:.3f}")  # fmt: skip
+              f"{r['unigram_entropy']:.3f}")  # fmt: skip
+        if later:
+            print(f"  first frame {first:.3f}, later frames {np.mean(later):.3f} (A.1)\n"
+                  f"  next-token accuracy after the first frame {r['accuracy']:.3f}; repeating the previous frame gives "
+                  f"{r['repeat_accuracy']:.3f}")  # fmt: skip
         if "loss_by_token" in r:
             print("  by frame " + " ".join(f"{loss:.3f}" for loss in r["loss_by_frame"]))
             tokens = np.reshape(r["loss_by_token"], (len(r["loss_by_frame"]), -1)).mean(axis=0)
@@ -425,7 +433,7 @@ def write_samples(model, tokenizer, held_out, args):
     h, w = source.tokens.meta["grid"]
     n_prompt, device = max(args.frames // 4, 1), model.embedding.weight.device  # 4 of 16 frames are given
     order = range(min(N_SAMPLES, len(source)))
-    ids = torch.as_tensor(np.stack([source.sequence(k, source.images) for k in order])).to(device)
+    ids = torch.as_tensor(np.stack([source.sequence(k, source.images)[0] for k in order])).to(device)
     n_new = (args.frames - n_prompt) * h * w
     with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
         generator = torch.Generator(device).manual_seed(args.seed)

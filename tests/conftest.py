@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,18 @@ def run(arguments, launcher=(sys.executable,), status=0):
     done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == status, done.stderr[-2000:]
     return done
+
+
+def fake_tokens(folder, lengths, grid=(2, 3), names=None, stride=4):
+    """A token folder whose frame f of clip c is full of the code 100 c + f."""
+    folder.mkdir()
+    meta = {"shards": 1, "grid": list(grid), "tokenizer": "x", "vocab_size": 8192, "source": str(folder)}
+    (folder / "meta.json").write_text(json.dumps(meta | {"stride": stride}))
+    codes = [np.full(grid, 100 * c + f, np.uint16) for c, n in enumerate(lengths) for f in range(n)]
+    np.save(folder / "00000.npy", np.stack(codes))
+    names = names or [f"clip{c}" for c in range(len(lengths))]
+    (folder / "00000.json").write_text(json.dumps({"names": names, "lengths": list(lengths), "labels": {}}))
+    return data.Tokens(folder)
 
 
 @pytest.fixture(scope="session")

@@ -21,25 +21,13 @@ from PIL import Image
 import data
 import dvae
 import toto
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, fake_tokens
 
 
 def write_video(path, n_frames, size=(48, 64), fps=30):
     """A video whose frame t is of one grey, 10 + 5 t."""
     frames = np.stack([np.full((*size, 3), 10 + 5 * t, np.uint8) for t in range(n_frames)])
     iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, output_params=["-crf", "0"], macro_block_size=1)
-
-
-def fake_tokens(folder, lengths, grid=(2, 3), names=None, stride=4):
-    """A token folder whose frame f of clip c is full of the code 100 c + f."""
-    folder.mkdir()
-    meta = {"shards": 1, "grid": list(grid), "tokenizer": "x", "vocab_size": 8192, "source": str(folder), "stride": stride}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    codes = [np.full(grid, 100 * c + f, np.uint16) for c, n in enumerate(lengths) for f in range(n)]
-    np.save(folder / "00000.npy", np.stack(codes))
-    names = names or [f"clip{c}" for c in range(len(lengths))]
-    (folder / "00000.json").write_text(json.dumps({"names": names, "lengths": list(lengths), "labels": {}}))
-    return data.Tokens(folder)
 
 
 # Sequences.
@@ -61,19 +49,20 @@ def test_source_makes_windows_of_videos_and_groups_of_images(tmp_path):
     source = data.Source(tokens, n_frames=4, share=0.0)
     assert (source.n_videos, source.n_images, len(source)) == (2 + 1, 1, 4)
     frames = lambda ids: ((ids[1:-1].reshape(-1, 6)[:, 0]) - toto.FIRST_CODE).tolist()
-    assert frames(source.sequence(0, source.images)) == [0, 1, 2, 3]
-    assert frames(source.sequence(1, source.images)) == [4, 5, 6, 7]
-    assert frames(source.sequence(2, source.images)) == [200, 201, 202, 202]  # too short: the last frame repeats
-    images = source.sequence(3, source.images)
-    assert images[0] == toto.IMAGE_START and frames(images) == [100, 300, 400, 100]
+    assert frames(source.sequence(0, source.images)[0]) == [0, 1, 2, 3]
+    assert frames(source.sequence(1, source.images)[0]) == [4, 5, 6, 7]
+    assert frames(source.sequence(2, source.images)[0]) == [200, 201, 202, 202]  # too short: the last frame repeats
+    images, n_real = source.sequence(3, source.images)
+    assert images[0] == toto.IMAGE_START and frames(images) == [100, 300, 400, 100] and n_real == 3
+    assert [source.sequence(k, source.images)[1] for k in range(3)] == [4, 4, 3]
     # With rng, windows start anywhere, and always inside the clip.
-    starts = {frames(source.sequence(1, source.images, 0, np.random.default_rng(s)))[0] for s in range(50)}
+    starts = {frames(source.sequence(1, source.images, 0, np.random.default_rng(s))[0])[0] for s in range(50)}
     assert starts == {2, 3, 4, 5}
 
 
 def frames_of(source, k, *how):
     """Which stored frames of a fake clip sequence k shows."""
-    return ((source.sequence(k, source.images, *how)[1:-1:6] - toto.FIRST_CODE) % 100).tolist()
+    return ((source.sequence(k, source.images, *how)[0][1:-1:6] - toto.FIRST_CODE) % 100).tolist()
 
 
 def test_every_fourth_frame_from_every_phase(tmp_path):

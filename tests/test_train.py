@@ -21,7 +21,7 @@ import data
 import dvae
 import toto
 import train
-from conftest import ENVIRONMENT, PAIR, run
+from conftest import ENVIRONMENT, PAIR, fake_tokens, run
 
 CPU = torch.device("cpu")
 
@@ -524,23 +524,60 @@ def test_evaluate_by_hand(tokens):
     model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=1, hidden=32, vocab_size=36))
     torch.nn.init.normal_(model.embedding.weight)
     result = train.evaluate(model, {"x": source}, 3, CPU, by_position=True)["x"]
-    nll, right, same, codes = [], [], [], []
+    nll, end, right, same, codes = [], [], [], [], []
     for k in range(len(source)):
-        ids = source.sequence(k, source.images)
+        ids, n_real = source.sequence(k, source.images)
+        assert n_real == 4
         p = model(torch.as_tensor(ids[None, :-1])).softmax(-1)[0].detach().numpy()
         nll.append([-np.log(p[i, ids[i + 1]]) for i in range(64)])
+        end.append(-np.log(p[64, toto.END]))
         right.append([p[i].argmax() == ids[i + 1] for i in range(16, 64)])
         same.append([ids[i + 1] == ids[i + 1 - 16] for i in range(16, 64)])
         codes.extend(ids[1:-1])
     share = np.bincount(codes) / len(codes)
     share = share[share > 0]
-    assert result["loss"] == pytest.approx(np.mean(nll), rel=1e-4)
+    # Eq. 2 as training has it, over codes and the end token; all else is of the codes.
+    assert result["loss"] == pytest.approx((64 * np.mean(nll) + np.mean(end)) / 65, rel=1e-4)
+    ids = torch.as_tensor(np.stack([source.sequence(k, source.images)[0] for k in range(len(source))]))
+    assert result["loss"] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), rel=1e-4)
     by_frame = np.array(nll).reshape(-1, 4, 16).mean(axis=(0, 2))
     assert result["loss_by_frame"] == pytest.approx(by_frame.tolist(), rel=1e-3)
     assert result["loss_by_token"] == pytest.approx(np.mean(nll, axis=0).tolist(), rel=1e-4)
     assert result["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
     assert result["repeat_accuracy"] == pytest.approx(np.mean(same), abs=1e-6)
     assert result["unigram_entropy"] == pytest.approx(-(share * np.log(share)).sum(), rel=1e-4)
+
+
+def test_what_only_fills_up_is_not_scored(tmp_path, monkeypatch, capsys):
+    """Of a short video the repeats of its last frame, of few images their second turn, and no [2] after those."""
+    monkeypatch.setattr(data, "is_held_out", lambda names, share: np.ones(len(names), dtype=bool))
+    logits = torch.randn(8196, 8196, generator=torch.Generator().manual_seed(0))
+    model = lambda ids: logits[ids]
+    nll = lambda ids: torch.nn.functional.cross_entropy(logits[ids[:-1]], ids[1:], reduction="none").tolist()
+    sequence = lambda start, *codes: torch.tensor([start, *(4 + code for code in codes for _ in range(6))])
+    end = torch.tensor([toto.END])
+    # Frame f of clip c is six times the code 100 c + f.
+    cases = {
+        "mixed": ([9, 2, 1], [torch.cat((sequence(1, 0, 1, 2, 3), end)), torch.cat((sequence(1, 4, 5, 6, 7), end)),
+                              sequence(1, 100, 101), sequence(3, 200)]),
+        "short": ([2, 3], [sequence(1, 0, 1), sequence(1, 100, 101, 102)]),
+        "images": ([1, 1], [sequence(3, 0, 100)]), "image": ([1], [sequence(3, 0)]),
+    }  # fmt: skip
+    for name, (lengths, real) in cases.items():
+        source = data.Source(fake_tokens(tmp_path / name, lengths), 4, held_out=True)
+        assert len(source) == len(real)
+        results = train.evaluate(model, {"x": source}, 3, CPU, by_position=True)
+        result, losses = results["x"], [nll(ids) for ids in real]
+        assert result["loss"] == pytest.approx(np.mean(sum(losses, [])), rel=1e-4)
+        n_frames = max(len(ids) // 6 for ids in real)
+        by_frame = [np.mean([loss[6 * f : 6 * f + 6] for loss in losses if len(loss) > 6 * f + 5]) for f in range(n_frames)]
+        assert result["loss_by_frame"] == pytest.approx(by_frame, rel=1e-3)
+        assert len(result["loss_by_token"]) == 6 * n_frames
+        codes = torch.cat([ids[ids > 3] for ids in real]).tolist()
+        assert result["unigram_entropy"] == pytest.approx(np.log(len(codes) / 6), rel=1e-4)  # each code six times
+        assert result["repeat_accuracy"] == (None if name == "image" else 0)  # no frame is as the one before
+        train.print_results(results)
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_evaluate_a_checkpoint(tokens, undisturbed, tmp_path, capsys):
