@@ -896,6 +896,13 @@ def make_parser(description, has_seed=True):
     return parser
 
 
+def output_folder(text):
+    """For argparse: a folder to write to. It is made when something is written, so that no mistake leaves it empty."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file")
+    return Path(text)
+
+
 def number(kind, at_least=-math.inf, above=-math.inf, multiple_of=None):
     """For argparse: a finite number of a kind, int or float, within bounds."""
 

@@ -681,7 +681,6 @@ def main():
         return reconstruct(args.reconstruct, args.out, args.out.parent, args.resolution, args.stride, device)
     if args.out.exists():
         raise ValueError(f"{args.out}: exists already, and models may depend on it; give another --out, or remove it")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     data.start_processes(device)
     config, recipe = SIZES[args.size]
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)

@@ -517,7 +517,8 @@ def parse_arguments():
     add("--data", help="folder with train/<class>/* and val/<class>/*, or with two token folders (default: the world)")
     add("--checkpoint", nargs="+", default=[Path("out/toto.pt")], type=Path, help="models trained by train.py")
     add("--tokenizer", type=Path, help="the models' tokenizer (default: dvae.pt beside the checkpoint)")
-    add("--out", default="out", type=Path, help="folder for probe.json, probe.pt, finetuned.pt and cached tokens")
+    words = "folder for probe.json, probe.pt, finetuned.pt and cached tokens"
+    add("--out", default="out", type=data.output_folder, help=words)
     words = "train the model too, by next tokens, the classes, or both losses (default: it stays frozen)"
     add("--finetune", choices=["joint", "full", "both"], help=words)
     add("--attention", default="causal", choices=["causal", "full"], help="full: every token sees every other (A.2)")
@@ -544,7 +545,6 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
     data.start_processes(device)
     report, asked = {"runs": {}, "accuracy": []}, {name: getattr(args, name) for name in PAPER}

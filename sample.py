@@ -211,7 +211,7 @@ def parse_arguments():
     add("--compile", action="store_true", help="torch.compile first, 5 to 13 s: pays for tens of thousands of tokens")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model trained by train.py")
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
-    add("--out", default="out", type=Path, help="folder for sample.gif, sample.png and sample.npy")
+    add("--out", default="out", type=data.output_folder, help="folder for sample.gif, sample.png and sample.npy")
     args = parser.parse_args()
     if args.top_p > 1:
         raise ValueError("--top-p: a probability, at most 1")
@@ -226,7 +226,6 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
     model, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
     n_samples, window = args.score or args.samples, checkpoint["frames"]

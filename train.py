@@ -221,7 +221,6 @@ def open_run(args, device):
             here["rope_base"] = there["rope_base"]
         data.check_same(path, there, here, advice)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     # §3.3: all sources, each with its weight. What is no token folder yet becomes one, which may take hours.
     specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
     tokenizer = prepare_tokenizer(args, specs, device)
@@ -619,7 +618,7 @@ def parse_arguments():
     about = lambda name: f"(default: {PAPER[name]:,}, or {LAPTOP[name]:,} for tiny)"
     add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token or media folders (default: the built-in world)")
     add("--size", default="tiny", choices=toto.SIZES, help="tiny for a laptop; Table 1's; a1 to a6 of Table 15")
-    add("--out", default="out", type=Path, help="folder for the checkpoint, the log and the samples")
+    add("--out", default="out", type=data.output_folder, help="folder for the checkpoint, the log and the samples")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: that of --out, trained first if missing)")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
     add("--frames", type=data.number(int, at_least=2), default=16, help="frames in a sequence")

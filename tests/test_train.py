@@ -668,7 +668,7 @@ BAD_INPUT = {
     "train.py --device cuda": "--device cuda: this machine, or this build of PyTorch, has none",
     "train.py --lr -1": "argument --lr: must be above 0",
     "train.py --data {tokens}/tokens --resolution 64": "its resolution is 32, here it is 64; a token folder",
-    "train.py --out {tmp}/noise.pt": "{tmp}/noise.pt: file exists",
+    "train.py --out {tmp}/noise.pt": "argument --out: {tmp}/noise.pt is a file",
     "train.py --data {tokens}/tokens --stride 2": "{tokens}/tokens: was stored at stride 4, which cannot give stride 2",
     "train.py --shard": "--shard splits a model over processes; start several with torchrun",
     "train.py --seed -1": "argument --seed: must be at least 0",
@@ -734,3 +734,4 @@ def test_bad_input_is_one_clear_line(command, untrained_tokenizer, tokens, undis
         data.run(__import__(script.removesuffix(".py")).main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "error: " in error and fill(BAD_INPUT[command]) in error
+    assert not (tmp_path / "out").exists()
