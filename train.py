@@ -220,9 +220,13 @@ def open_run(args, device):
         if not (resumes and args.rope_base):  # a new run may have another RoPE base than what it starts from (Table 4)
             here["rope_base"] = there["rope_base"]
         data.check_same(path, there, here, advice)
+    specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
+    if args.evaluate:  # on what it was trained on, where nothing else is asked for
+        specs = specs if args.data else start["plan"]["data"]
+        for name, asked in args.asked.items():
+            setattr(args, name, asked or start[name])
 
     # §3.3: all sources, each with its weight. What is no token folder yet becomes one, which may take hours.
-    specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
     tokenizer = prepare_tokenizer(args, specs, device)
     sources = prepare_sources(args, specs, tokenizer)
     weights, meta = [weight for _, weight in specs], next(iter(sources.values())).meta
@@ -258,7 +262,9 @@ def announce(args, run, device):
     grid, dtype = math.prod(run.meta["grid"]), str(run.model.compute_dtype).removeprefix("torch.")
     words = f"{args.steps:,} steps of {run.n_sequences} sequences of {args.frames} x {grid} tokens"
     words += f"; resuming at step {run.first_step:,}" if run.first_step else ""
-    words = f"trained for {run.first_step:,} steps" if args.evaluate else words
+    if args.evaluate:
+        whose = "given" if args.data else "its training's"
+        words = f"trained for {run.first_step:,} steps; evaluating on {whose} data, {', '.join(run.held_out)}"
     print(f"{args.size}: {run.model.count_parameters() / 1e6:.2f} M parameters, {dtype} on {device.type}; {words}")
     path = args.out / "dvae.pt"
     if run.tokenizer is None:
@@ -386,7 +392,8 @@ def evaluate(model, held_out, micro_batch, device, limit=64, by_position=False):
             repeated[:, h * w :] = targets[:, h * w :] == targets[:, : -h * w]
             n_targets = n_real * h * w + (n_real == source.n_frames)
             counted = torch.arange(len(sums), device=device) < n_targets[:, None]  # (B, T)
-            sums += (torch.stack((loss, correct, repeated, counted), dim=-1) * counted[..., None]).sum(dim=0)  # (T, 4)
+            figures = torch.stack((loss, correct, repeated, counted), dim=-1)
+            sums += (figures * counted[..., None]).sum(dim=0)  # (B, T, 4) -> (T, 4)
             counts += torch.bincount(targets[:, :-1][counted[:, :-1]], minlength=len(counts))
         if world_size > 1:
             dist.all_reduce(sums)
@@ -409,12 +416,12 @@ def print_results(results):
     """The figures of `evaluate`, each beside what it is to be compared with."""
     for name, r in results.items():
         first, *later = r["loss_by_frame"]
-        print(f"validation on {name}: {r['loss']:.3f} nats per token; the codes' unigram entropy is "
-              f"{r['unigram_entropy']:.3f}")  # fmt: skip
-        if later:
-            print(f"  first frame {first:.3f}, later frames {np.mean(later):.3f} (A.1)\n"
-                  f"  next-token accuracy after the first frame {r['accuracy']:.3f}; repeating the previous frame gives "
-                  f"{r['repeat_accuracy']:.3f}")  # fmt: skip
+        entropy, accuracy, repeat_accuracy = r["unigram_entropy"], r["accuracy"], r["repeat_accuracy"]
+        print(f"validation on {name}: {r['loss']:.3f} nats per token; the codes' unigram entropy is {entropy:.3f}")
+        if later:  # without, all is single images or frames
+            print(f"  first frame {first:.3f}, later frames {np.mean(later):.3f} (A.1)")
+            words = f"after the first frame {accuracy:.3f}; repeating the previous frame gives {repeat_accuracy:.3f}"
+            print(f"  next-token accuracy {words}")
         if "loss_by_token" in r:
             print("  by frame " + " ".join(f"{loss:.3f}" for loss in r["loss_by_frame"]))
             tokens = np.reshape(r["loss_by_token"], (len(r["loss_by_frame"]), -1)).mean(axis=0)
@@ -616,13 +623,14 @@ def parse_arguments():
     parser = data.make_parser("Pre-train Toto. Run again with the same --out, it resumes where it stopped.")
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name: f"(default: {PAPER[name]:,}, or {LAPTOP[name]:,} for tiny)"
-    add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token or media folders (default: the built-in world)")
+    default = lambda words: f"(default: {words}; with --evaluate as in training)"
+    add("--data", nargs="+", metavar="PATH[=WEIGHT]", help=f"token or media folders {default('the built-in world')}")
     add("--size", default="tiny", choices=toto.SIZES, help="tiny for a laptop; Table 1's; a1 to a6 of Table 15")
     add("--out", default="out", type=data.output_folder, help="folder for the checkpoint, the log and the samples")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: that of --out, trained first if missing)")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
     add("--frames", type=data.number(int, at_least=2), default=16, help="frames in a sequence")
-    add("--stride", type=count, help="read every n-th frame of a video (default: 4)")
+    add("--stride", type=count, help=f"read every n-th frame of a video {default(4)}")
     add("--steps", type=count, help=f"optimizer steps {about('steps')}")
     add("--batch-tokens", type=count, help=f"visual tokens in a step, over all processes {about('batch_tokens')}")
     add("--micro-batch", type=count, default=4, help="sequences in one forward pass of one process")
@@ -636,7 +644,7 @@ def parse_arguments():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA only)")
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
     add("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
-    add("--evaluate", action="store_true", help="no training: the loss of the checkpoint in --out on --data, in detail")
+    add("--evaluate", action="store_true", help="no training: the loss of the checkpoint in --out, in detail")
     add("--export", type=Path, metavar="FOLDER", help="no training: --init-from or --out for Hugging Face's Llama")
     add("--dry-run", type=count, nargs="?", const=1, metavar="N", help="no training: what N GPUs would need, or CPUs")
     args = parser.parse_args()

@@ -313,6 +313,11 @@ def test_a_folder_of_all_frames_trains_at_the_stride_asked_for(tmp_path, untrain
         seen.clear()
     with pytest.raises(ValueError, match="its stride is 2, here it is 4; give another --out"):
         in_process(*command(tmp_path, out, *how))
+    validations = []  # as it was trained, where nothing else is asked for
+    for extra in ([], ["--stride", "2"], ["--stride", "4"]):
+        in_process(*command(tmp_path, out, "--evaluate", *extra))
+        validations.append((out / "validation.json").read_text())
+    assert validations[0] == validations[1] != validations[2]
 
 
 def test_a_diverged_run_stops_before_it_saves(tokens, tmp_path, monkeypatch):
@@ -570,8 +575,8 @@ def test_what_only_fills_up_is_not_scored(tmp_path, monkeypatch, capsys):
         result, losses = results["x"], [nll(ids) for ids in real]
         assert result["loss"] == pytest.approx(np.mean(sum(losses, [])), rel=1e-4)
         n_frames = max(len(ids) // 6 for ids in real)
-        by_frame = [np.mean([loss[6 * f : 6 * f + 6] for loss in losses if len(loss) > 6 * f + 5]) for f in range(n_frames)]
-        assert result["loss_by_frame"] == pytest.approx(by_frame, rel=1e-3)
+        for f, loss in enumerate(result["loss_by_frame"]):
+            assert loss == pytest.approx(np.mean([x[6 * f : 6 * f + 6] for x in losses if len(x) >= 6 * f + 6]), rel=1e-3)
         assert len(result["loss_by_token"]) == 6 * n_frames
         codes = torch.cat([ids[ids > 3] for ids in real]).tolist()
         assert result["unigram_entropy"] == pytest.approx(np.log(len(codes) / 6), rel=1e-4)  # each code six times
@@ -589,6 +594,11 @@ def test_evaluate_a_checkpoint(tokens, undisturbed, tmp_path, capsys):
     assert len(result["loss_by_token"]) == 64 and f": {result['loss']:.3f} nats per token" in output
     assert "  by frame " + " ".join(f"{loss:.3f}" for loss in result["loss_by_frame"]) in output
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+    # Without --data, and at its stride and resolution: those of its training.
+    (tmp_path / "out" / "validation.json").unlink()
+    in_process("train.py", "--evaluate", "--out", tmp_path / "out", "--frames", "4", "--device", "cpu")
+    assert json.loads((tmp_path / "out" / "validation.json").read_text()) == {str(tokens / "tokens"): result}
+    assert f"evaluating on its training's data, {tokens / 'tokens'}\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no such checkpoint to evaluate"):
         in_process(*command(tokens, tmp_path / "none", "--evaluate"))
 
