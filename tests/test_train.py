@@ -21,7 +21,7 @@ import data
 import dvae
 import toto
 import train
-from conftest import ENVIRONMENT, PAIR, fake_tokens, run
+from conftest import ENVIRONMENT, PAIR, ROOT, fake_tokens, run
 
 CPU = torch.device("cpu")
 
@@ -442,6 +442,15 @@ def test_dry_run(tmp_path, capsys):
     in_process(*arguments, "--shard")
     shard = float(re.search(r"AdamW's moments, float32 +(\S+) GiB", capsys.readouterr().out)[1])
     assert shard == pytest.approx(whole / 64, abs=0.01) and not (tmp_path / "out").exists()
+
+
+def test_readme_fine_tunes_as_table_4(capsys):
+    """§4.1: one epoch of ImageNet's 1.28 million images at 32 x 32 tokens, at less than the rate of pre-training."""
+    (line,) = re.findall(r"^python (train\.py --init-from .*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert "--rope-base 50000" in line and float(re.search(r"--lr (\S+)", line)[1]) < train.PAPER["lr"]
+    in_process(*line.split(), "--dry-run", "1")
+    assert "1,251 steps of 256 sequences of 4 x 1024 tokens: 1.31e+09 tokens" in capsys.readouterr().out
+    assert 1251 * 2**20 == pytest.approx(1_281_167 * 32 * 32, rel=1e-3)
 
 
 @pytest.mark.parametrize("mup_width, low, high", [(0, 0.8, math.inf), (64, -0.15, 0.15)])
