@@ -46,7 +46,8 @@ class Config:
             logits (tied)                                           · ratio
             attention scores                                        · √ratio: they shrink with D/H, not its root
 
-        A learning rate tuned at the base width should then suit every width, at the same number of heads (Fig. 11).
+        A learning rate tuned at the base width should then suit every width, at the same numbers of heads and layers:
+        Fig. 11 says so, at the paper's scale. We have tuned none; the tests only look at how far steps move things.
         """
         return self.mup_width / self.dim if self.mup_width else 1.0
 
@@ -54,7 +55,8 @@ class Config:
 # Table 1 (base, large, 1b) and Table 15 (a1 to a6). Not in the paper: the MLP's hidden width. No single ratio gives the
 # printed parameter counts of Table 1, so base and large use 4 D and 1b uses LLaMA's 8/3 D rounded up to 256, which
 # rounds to all three. Table 15's counts fit no standard block; with 4 D and 8,192 codes, a1 to a6 come out 1 to 13 %
-# below them. `tiny` is ours: what two CPU cores can train in minutes. Beside each, its number of parameters.
+# below them. A.5's text has widths of 64 to 1,536 and 12 to 48 layers, where the table has 256 to 1,792 and 12 to 32;
+# these are the table's. `tiny` is ours: what two CPU cores can train in minutes. Beside each, its number of parameters.
 SIZES = {
     "tiny": Config(dim=128, n_heads=4, n_layers=6, hidden=384),             # 2.33 M
     "base": Config(dim=768, n_heads=12, n_layers=12, hidden=3072),          # 119.56 M
@@ -83,7 +85,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """§3.2: x / sqrt(mean(x²) + ε) · weight (Zhang & Sennrich, 2019). Not in the paper: ε = 1e-5, as in LLaMA."""
+    """§3.2: x / sqrt(mean(x²) + ε) · weight (Zhang & Sennrich, 2019). Not in the paper: ε = 1e-5, as in Llama 2."""
 
     def __init__(self, dim):
         super().__init__()
