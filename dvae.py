@@ -590,11 +590,11 @@ def measure(model, frames):
     _, patch, count = torch.tensor([hash(p.tobytes()) for p in patches]).unique(return_inverse=True, return_counts=True)
     twice = count[patch] > 1
     patch, of_patch = patch[twice], codes.flatten()[twice]
-    entropy = lambda codes: math.log(perplexity_of(codes))
+    entropy, vocab_size = lambda codes: math.log(perplexity_of(codes)), model.config.vocab_size
     return {
         "psnr": torch.cat(psnr).mean().item(), "perplexity": perplexity_of(codes),
         "codes_in_use": len(codes.unique()), "entropy": entropy(codes),
-        "entropy_given_patch": entropy(patch * model.config.vocab_size + of_patch) - entropy(patch),
+        "entropy_given_patch": entropy(patch * vocab_size + of_patch) - entropy(patch),
         "same_elsewhere": (torch.cat(elsewhere) == codes[:, torch.from_numpy(here)]).float().mean().item(),
     }  # fmt: skip
 
@@ -602,9 +602,9 @@ def measure(model, frames):
 def words_for(score):
     """The figures of `measure` in two lines."""
     return (
-        f"{score['psnr']:.1f} dB, {score['codes_in_use']} codes in use, perplexity {score['perplexity']:.1f}\n  codes have "
-        f"{score['entropy']:.2f} nats of entropy, {score['entropy_given_patch']:.2f} where the 8x8 pixels are known; "
-        f"{score['same_elsewhere']:.0%} stay the same among other neighbours"
+        f"{score['psnr']:.1f} dB, {score['codes_in_use']} codes in use, perplexity {score['perplexity']:.1f}\n"
+        f"  a code has {score['entropy']:.2f} nats of entropy, {score['entropy_given_patch']:.2f} where its 8x8 pixels are "
+        f"known; {score['same_elsewhere']:.0%} of codes stay the same among other neighbours"
     )
 
 
