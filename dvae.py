@@ -603,8 +603,8 @@ def words_for(score):
     """The figures of `measure` in two lines."""
     return (
         f"{score['psnr']:.1f} dB, {score['codes_in_use']} codes in use, perplexity {score['perplexity']:.1f}\n"
-        f"  a code has {score['entropy']:.2f} nats of entropy, {score['entropy_given_patch']:.2f} where its 8x8 pixels are "
-        f"known; {score['same_elsewhere']:.0%} of codes stay the same among other neighbours"
+        f"  a code has {score['entropy']:.2f} nats of entropy, {score['entropy_given_patch']:.2f} where its 8x8 pixels "
+        f"are known; {score['same_elsewhere']:.0%} of codes stay the same among other neighbours"
     )
 
 

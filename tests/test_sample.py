@@ -177,7 +177,7 @@ def test_no_copy_passes_for_skill():
     truth = tokenizer.decode(codes).numpy()
     rows = sample.score(codes.roll(1, 0), codes, truth, 4, tokenizer, np.ones(truth.shape[:-1], bool))
     assert rows[1]["codes_copy"] == 0.5 and rows[1]["codes_repeat"] == 0.5 and rows[0]["codes_copy"] == 0.5
-    assert rows[1]["psnr_moving_copy"] == pytest.approx(10 * np.log10(255**2 / 2), abs=1e-3)  # 4 for 2 in one clip of two
+    assert rows[1]["psnr_moving_copy"] == pytest.approx(10 * np.log10(255**2 / 2), abs=1e-3)  # in one of two, 2 for 4
     assert rows[0]["codes_any"] == 1.0 and rows[1]["codes_any"] == 1.0
 
 
