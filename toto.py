@@ -42,7 +42,7 @@ class Config:
 
                                      initial std    learning rate   in the forward pass
             embedding, norms         unchanged      unchanged
-            matrices of the blocks   · √ratio       · ratio
+            matrices of the blocks   · √ratio       · ratio         (weight decay / ratio: rate · decay stays)
             logits (tied)                                           · ratio
             attention scores                                        · √ratio: they shrink with D/H, not its root
 

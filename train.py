@@ -54,11 +54,12 @@ PEAK_TFLOPS = {
 def make_optimizer(model, lr):
     """§3.2: AdamW with β = (0.9, 0.95). Not in the paper, from LLaMA: weight decay 0.1, on matrices only.
 
-    `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5, Fig. 11), 1 otherwise.
+    `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5, Fig. 11), 1 otherwise. A step
+    shrinks a matrix by rate · decay: divided by the same number, the decay stays what it is at the base width.
     """
-    blocks = [p for p in model.blocks.parameters() if p.dim() == 2]
+    blocks, ratio = [p for p in model.blocks.parameters() if p.dim() == 2], model.config.mup_ratio
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    triples = (blocks, 0.1, model.config.mup_ratio), ([model.embedding.weight], 0.1, 1.0), (vectors, 0.0, 1.0)
+    triples = (blocks, 0.1 / ratio, ratio), ([model.embedding.weight], 0.1, 1.0), (vectors, 0.0, 1.0)
     groups = [{"params": p, "weight_decay": decay, "lr_scale": r, "lr": lr * r} for p, decay, r in triples]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 

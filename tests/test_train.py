@@ -502,6 +502,19 @@ def test_mup_changes_nothing_at_its_base_width():
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
+@pytest.mark.parametrize("dim", [32, 64, 256])
+def test_mup_leaves_the_decay_as_it_is(dim):
+    """Where no gradient moves them, all matrices shrink by 1 - rate · 0.1 in a step, at any width."""
+    model = toto.Toto(toto.Config(dim, 2, 1, 2 * dim, 36, mup_width=32))
+    optimizer = train.make_optimizer(model, 0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] * (0.95 if p.dim() == 2 else 1), msg=name)
+
+
 def test_schedule():
     """§3.2: warm-up to the peak, then a cosine, here down to a tenth."""
 
