@@ -515,6 +515,43 @@ def test_mup_leaves_the_decay_as_it_is(dim):
         torch.testing.assert_close(p, before[name] * (0.95 if p.dim() == 2 else 1), msg=name)
 
 
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+def test_mup_against_microsofts(dim):
+    """Microsoft's mup on the same weights: rate and decay of every one, initial weights, and the tied output layer."""
+    mup = pytest.importorskip("mup", reason="pip install --no-deps mup==1.0.0 to compare with Microsoft's own µP")
+    # It tells width from other sizes by comparing two models; a head is a part of the width, their number is not.
+    build = lambda dim: toto.Toto(toto.Config(dim, 2, 2, 4 * dim, 36, mup_width=32))
+    model = mup.set_base_shapes(build(dim), build(32), delta=build(64))
+    groups = train.make_optimizer(model, 0.1).param_groups
+    # Which weights decay at all is LLaMA's choice; µP says how much.
+    of = lambda n_dims: [p for p in model.parameters() if p.dim() == n_dims]
+    decays = [{"params": of(2), "weight_decay": 0.1}, {"params": of(1), "weight_decay": 0.0}]
+    theirs = mup.MuAdamW(decays, lr=0.1).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    settings = lambda groups: {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    expected, found = settings(theirs), settings(groups)
+    assert expected.keys() == found.keys() == set(names.values())
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name]), name
+
+    torch.manual_seed(0)
+    model.init_weights()
+    ours = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            mup.init.normal_(p, std=0.01 if name.endswith("out.weight") else 0.02)  # √(2L) = 2
+        torch.testing.assert_close(p, ours[name], msg=name)
+    # MuSharedReadout is their output layer for tied embeddings.
+    x, readout = torch.randn(3, dim), mup.MuSharedReadout(model.embedding.weight, bias=False)
+    torch.testing.assert_close(model.logits(x), readout(model.norm(x))[:, :36])
+    # For attention they have no layer, but ask for 1/d in place of 1/√d, with a factor that makes both the same at the
+    # base width, whose heads have d = 16 here.
+    q, k, v = torch.randn(3, 1, 2, 5, dim // 2)
+    attended = (q @ k.mT * math.sqrt(16) / (dim // 2)).softmax(dim=-1) @ v
+    torch.testing.assert_close(toto.attend(q, k, v, False, model.config.mup_ratio), attended)
+
+
 def test_schedule():
     """§3.2: warm-up to the peak, then a cosine, here down to a tenth."""
 
