@@ -674,17 +674,39 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+PATIENT = None  # under torchrun, all processes as a group in which one may wait a day for another
+
+
 def wait_for_all():
-    """Let every process come to this line before any of them continues."""
+    """Let every process come to this line before any of them continues, hours later if one has media to read."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(PATIENT)
 
 
 def start_processes(device):
-    """Under torchrun, which starts a process per GPU (or several on a CPU), let the processes find each other."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # A day: some wait for as long as others read media.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    """Under torchrun, which starts a process per GPU (or several on a CPU), let the processes find each other.
+
+    Where one is lost, what the others exchange next fails after 20 minutes, more than any save takes, and they end.
+    """
+    global PATIENT
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    limit = timedelta(minutes=20)
+    store, rank, n = next(dist.rendezvous("env://", timeout=limit))
+    # When torchrun starts all again (--max-restarts), its store still has the addresses of those who are gone (PyTorch
+    # issue 135712). So they meet in a room with a new name, which each one asks for by a word that is new as well.
+    room = word = os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"word {rank}", word)
+        room = store.get(word).decode()  # waits for it
+        store.set(f"{room} {rank}", "")
+    for other in range(1, n) if rank == 0 else ():
+        while not store.check([f"{room} {other}"]):
+            store.set(store.get(f"word {other}").decode(), room)
+            time.sleep(0.01)
+    backend, store = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore(room, store)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=n)
+    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # NCCL's barriers have no time-out of their own
 
 
 def pick_device(name=None):
@@ -857,8 +879,8 @@ def run(main):
     keep_freed_memory()
     try:
         main()
+        wait_for_all()  # the first process may still write
         if dist.is_initialized():
-            dist.barrier()  # the first process may still write
             dist.destroy_process_group()  # not after an error: the others would have to take part
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -629,7 +629,9 @@ def train_on(paths, out, resolution, stride, seed, device, config=SMALL, recipe=
 
     def read_pool(i):
         quiet = i > 0 or data.rank() > 0
-        return data.gather_frames(training, POOL, resolution, [seed, i, data.rank()], quiet=quiet)
+        frames = data.gather_frames(training, POOL, resolution, [seed, i, data.rank()], quiet=quiet)
+        data.wait_for_all()  # for the slowest disk, longer than a step would
+        return frames
 
     show = lambda model: draw_kept(model, examples, Path(out).with_suffix(".png"))
     settings = {"data": [str(path) for path in paths], "resolution": resolution, "stride": stride, "seed": seed}

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +68,29 @@ def in_process(script, *arguments):
 
 
 SEVERAL = """
+import itertools
 import json
+import os
+import signal
 import sys
 
 import torch
 
 import data
+import train
 
 def main():
-    _, commands, dtype = sys.argv
+    _, commands, dtype, kill_before = sys.argv
     if dtype:
         data.fast_dtype = lambda device: getattr(torch, dtype)
+    steps, take_step = itertools.count(), train.take_step
+
+    def take_step_or_die(*inputs):
+        if str(next(steps)) == kill_before and data.rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(*inputs)
+
+    train.take_step = take_step_or_die
     for script, *arguments in json.loads(commands):
         sys.argv = [script, *arguments]
         __import__(script.removesuffix(".py")).main()
@@ -89,11 +102,14 @@ data.run(main)
 """
 
 
-def run_in_a_pair(folder, *commands, dtype=""):
-    """Run programs one after another in the same two processes of torchrun, which take seconds to start."""
+def run_in_a_pair(folder, *commands, dtype="", kill_before="", launcher=PAIR):
+    """Run programs one after another in the same two processes of torchrun, which take seconds to start.
+
+    The first process is killed before training step kill_before of them all, if it comes so far.
+    """
     (folder / "several.py").write_text(SEVERAL)
     commands = json.dumps([list(map(str, command)) for command in commands])
-    return run([str(folder / "several.py"), commands, dtype], PAIR).stdout
+    return run([str(folder / "several.py"), commands, dtype, str(kill_before)], launcher).stdout
 
 
 @pytest.fixture(scope="session")
@@ -258,6 +274,48 @@ def test_sharded_replicated_and_single_runs_are_one_run(tokens, slow, tmp_path, 
         assert error < 0.05 * expected["exp_avg"].norm(), name
     assert {p.name for p in slow.glob("*.pt")} == {"toto.pt", "toto-6.pt", "toto-9.pt", "best.pt", "dvae.pt"}
     assert (slow / "toto-9.pt").read_bytes() == (slow / "toto.pt").read_bytes()
+
+
+def test_torchrun_starts_lost_processes_again(tokens, tmp_path):
+    """One of two is killed before the fourth step: both start again at the last save, and end with the same bits."""
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    commands = [command(tokens, out, "--steps", "6", "--save-every", "2") for out in (whole, lost)]
+    # Started again, they have nothing left to do for the first one.
+    printed = run_in_a_pair(tmp_path, *commands, kill_before=6 + 3, launcher=(*PAIR, "--max-restarts=1"))
+    assert re.findall(r"resuming at step (\d)", printed) == ["6", "2"]
+    assert losses(lost) == losses(whole)
+    assert_same_checkpoint(lost, whole)
+
+
+def one_of_a_pair(rank, port, limit_s, wait_s):
+    """A process of torchrun's, which waits for another that is slow, and then, for an exchange, for one that is lost.
+
+    Its limits are made seconds.
+    """
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    data.timedelta = lambda minutes=0, **long: timedelta(seconds=minutes * limit_s / 20, **long)
+    time.sleep(0.5 * rank)  # by then the first one has seen what lies in the store
+    data.start_processes(CPU)
+    time.sleep(wait_s * rank)
+    data.wait_for_all()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)  # it neither answers nor ends
+    with pytest.raises(RuntimeError, match="Timed out"):
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+def test_a_lost_process_does_not_hang_the_others(starter):
+    """Minutes for a step, a day for media; and those who start afresh do not look for those who are gone."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    for limit_s, wait_s in ((2, 0), (3, 4)):
+        pair = [starter.Process(target=one_of_a_pair, args=(rank, store.port, limit_s, wait_s)) for rank in (0, 1)]
+        for process in pair:
+            process.start()
+        pair[0].join(timeout=20)
+        for process in pair:
+            process.kill()
+        assert pair[0].exitcode == 0
 
 
 def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
