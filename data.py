@@ -58,63 +58,61 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 # Its names as a source, moving shapes and pairs of a frame and its mask (A.8), and how many clips one trains on.
 WORLD, WORLD_MASKS, WORLD_CLIPS = "world", "world-masks", 1600
 HELD_OUT = 0.05  # share of the clips of any source that is kept for validation
-SHAPES = ("circle", "square", "triangle", "cross")
-MOTIONS = ("horizontal", "vertical", "clockwise", "counter-clockwise", "pulsing")
+SHAPES = {"I": ["1111"], "L": ["111", "100"], "S": ["011", "110"], "T": ["111", "010"]}  # of four cells each
+MOTIONS = ("up left", "up right", "down left", "down right")  # where the moving object is heading at the end
 COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40))
-GROUNDS = ((60, 60, 70), (120, 150, 120))
 
 
 @dataclass
 class WorldClip:
     frames: np.ndarray  # uint8 (F, R, R, 3)
+    without: np.ndarray  # the same, but for the moving object
     labels: dict  # {"shape": one of SHAPES, "motion": one of MOTIONS}, of the moving object
     masks: np.ndarray  # bool (F, R, R): where the moving object can be seen
     objects: np.ndarray  # bool (F, R, R): where any object is
     positions: np.ndarray  # float (F, 2): its centre (x, y) in pixels, hidden or not
 
 
+def world_ground(resolution):
+    """What lies behind all objects, float32 (R, R, 3): redder to the right and greener towards the bottom.
+
+    No two places look the same, so that a code of the ground says where it is: a model that knows positions in the
+    flat sequence alone could hardly see the walls.
+    """
+    shade = 25 + 165 * (np.arange(resolution, dtype=np.float32) + 0.5) / resolution
+    return np.stack(np.broadcast_arrays(shade[None, :], shade[:, None], np.float32(110)), axis=-1)
+
+
 def world_clip(index, n_frames=16, resolution=48, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    Of two objects one moves and one rests, in front or behind. What the moving one is can seldom be told from one
-    frame, or from a sum over the clip, since the resting one is drawn from the same shapes: one must see which of them
-    moves. The frame is a board of 6 x 6 cells, one code each at the default resolution. An object covers 2 x 2 of them
-    and steps from cell to cell over a plain ground, and where it was in the last four frames says where it goes next:
-    the least that minutes of training on a laptop can learn to continue.
+    The frame is a board of 6 x 6 cells, one code each at the default resolution. Of two objects of four cells one rests,
+    and one moves, in front of it or behind: diagonally, a cell a frame in both directions, and back from the walls. What
+    it is cannot be told from one frame, since both are drawn from the same shapes and colours: one must see which of
+    them moves. Nor can where it is heading. Four frames decide the next, and no motion comes round within 16 frames, or
+    copying would pass for foresight: an object is never as wide as it is high, so that its ways across and down take
+    different times.
     """
     rng = np.random.default_rng([seed, index])
-    t = np.arange(n_frames)
-    shape, resting_shape = (SHAPES[i] for i in rng.integers(len(SHAPES), size=2))
-    motion = MOTIONS[rng.integers(len(MOTIONS))]
-    colour, resting_colour = rng.permutation(COLOURS)[:2]
-    # The frames are drawn in float, since edges are mixed with what lies behind them, and rounded at the end.
-    frames = np.full((n_frames, resolution, resolution, 3), GROUNDS[rng.integers(len(GROUNDS))], dtype=np.float32)
+    t, names = np.arange(n_frames + 1), list(SHAPES)
+    shapes, colours = rng.choice(names, 2), rng.permutation(COLOURS).astype(np.uint8)
+    boards = np.zeros((2, n_frames, 6, 6), dtype=bool)  # the cells of the resting and of the moving object
+    for board, name, speed in zip(boards, shapes, (0, 1)):
+        piece = np.rot90([[cell == "1" for cell in row] for row in SHAPES[name]], rng.integers(4))
+        # To and fro between the walls, a triangle wave: the object's first row and column at each time.
+        turns = 6 - np.array(piece.shape)[:, None]
+        y, x = turns - abs((rng.integers(120, size=(2, 1)) + speed * t) % (2 * turns) - turns)  # (F + 1,) each
+        for f in range(n_frames):
+            board[f, y[f] : y[f] + piece.shape[0], x[f] : x[f] + piece.shape[1]] = piece
+    centre = np.stack((x[:-1] + piece.shape[1] / 2, y[:-1] + piece.shape[0] / 2), axis=1)  # of the moving one, in cells
+    motion = f"{'down' if y[-1] > y[-2] else 'up'} {'right' if x[-1] > x[-2] else 'left'}"
 
-    # Corners between cells, 1 to 5, where the centres lie, and the radius in cells, over time; y points down.
-    x, y, resting_x, resting_y = rng.integers(1, 6, (4, 1)) + 0 * t
-    radius = np.full(n_frames, 1.0)
-    if motion in ("horizontal", "vertical"):  # to and fro on an inner line
-        along = 5 - abs((x - 1 + rng.choice((-1, 1)) * t) % 8 - 4)  # a triangle wave between 1 and 5
-        line = rng.integers(2, 5) + 0 * t
-        x, y = (along, line) if motion == "horizontal" else (line, along)
-    if motion in ("clockwise", "counter-clockwise"):  # round the board, on its outer lines or the next ones
-        margin = rng.integers(1, 3)
-        side = 6 - 2 * margin
-        along = (rng.integers(4 * side) + (t if motion == "clockwise" else -t)) % (4 * side)
-        edge = lambda start: np.clip(along - start * side, 0, side)
-        x, y = margin + edge(0) - edge(2), margin + edge(1) - edge(3)
-    if motion == "pulsing":
-        radius = np.array((1, 0.6))[(rng.integers(2) + t) % 2]
-
-    # Painter's algorithm: what is drawn later covers what was there, in the picture and in the mask.
-    resting = shape_cover(resting_shape, resolution, resting_x, resting_y, np.ones(n_frames))
-    covers, colours = np.stack((resting, shape_cover(shape, resolution, x, y, radius))), (resting_colour, colour)
-    for front in rng.permutation((1, 0)):
-        frames += covers[front, ..., None] * (colours[front] - frames)
-    resting, moving = covers > 0.5
-    masks, objects = moving & ~(resting & (front == 0)), resting | moving
-    positions = np.stack((x, y), axis=1) * resolution / 6
-    return WorldClip(frames.round().astype(np.uint8), {"shape": shape, "motion": motion}, masks, objects, positions)
+    cell, ground = np.arange(resolution) * 6 // resolution, world_ground(resolution).round().astype(np.uint8)
+    resting, moving = boards[:, :, cell][..., cell]  # each (F, R, R)
+    seen = moving & ~resting if rng.integers(2) else moving  # behind or in front
+    without = np.where(resting[..., None], colours[0], ground)
+    frames, labels = np.where(seen[..., None], colours[1], without), {"shape": str(shapes[1]), "motion": motion}
+    return WorldClip(frames, without, labels, seen, moving | resting, centre * resolution / 6)
 
 
 def world_pairs(index, n_frames=16, resolution=48):
@@ -123,29 +121,12 @@ def world_pairs(index, n_frames=16, resolution=48):
     The question is a frame of a clip of its own, the answer where its objects are: a mask, painted in the world's own
     colours, which a tokenizer of the world can draw.
     """
-    frames = []
+    frames, ground = [], world_ground(resolution)
     for k in range(-(-n_frames // 2)):
         clip = world_clip(index * n_frames + k, 1, resolution, seed=1)
-        answer = np.where(clip.objects[0][..., None], COLOURS[0], GROUNDS[0]).astype(np.uint8)
+        answer = np.where(clip.objects[0][..., None], COLOURS[0], ground).round().astype(np.uint8)
         frames += [clip.frames[0], answer]
     return np.stack(frames[:n_frames])
-
-
-def shape_cover(shape, R, x, y, radius):
-    """Share of every pixel that a shape covers (F, R, R): its centre and radius in cells, each (F,)."""
-    x, y, radius = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (x, y, radius))
-    pixels = (np.arange(R, dtype=np.float32) + 0.5) * 6 / R
-    u, v = np.broadcast_arrays((pixels[None, None, :] - x) / radius, (pixels[None, :, None] - y) / radius)
-    across, along = abs(u), abs(v)
-    # Signed distance to the outline of the shape of radius 1, negative inside. In pixels, and cut off at half a pixel
-    # to both sides, it is the covered share: edges come out smooth without drawing anything larger.
-    distance = {
-        "circle": lambda: np.hypot(u, v) - 0.95,
-        "square": lambda: np.maximum(across, along) - 0.85,
-        "triangle": lambda: np.maximum(0.87 * across - 0.5 * v - 0.4, v - 0.85),
-        "cross": lambda: np.maximum(np.minimum(across, along) - 0.33, np.maximum(across, along) - 1),
-    }[shape]()
-    return np.clip(0.5 - distance * radius * R / 6, 0, 1)
 
 
 # Media -> frames.
@@ -616,9 +597,12 @@ def is_token_folder(path):
 
 
 def shards_of(path, resolution, stride, n_frames):
-    """The shards of a path; `world` and `world-masks` stand for the built-in clips, whose frames count as kept ones."""
+    """The shards of a path; `world` and `world-masks` stand for the built-in clips, whose frames count as kept ones.
+
+    Those have 16 frames at least, so that shorter sequences are windows of them.
+    """
     if str(path) in (WORLD, WORLD_MASKS) and not Path(path).exists():
-        return world_shards(range(WORLD_CLIPS), resolution, n_frames, str(path))
+        return world_shards(range(WORLD_CLIPS), resolution, max(n_frames, 16), str(path))
     return media_shards(path, resolution, stride)
 
 

@@ -4,7 +4,7 @@
     python sample.py --prompt FILE            a video of yours, or an image, which starts to move
     python sample.py --prompt A B C FOLDER    examples: the frames of all files, in order, are given
     python sample.py --imagine                nothing is given but the start token
-    python sample.py --frames 64              beyond the 16 frames the model has seen at once
+    python sample.py --frames 64              beyond the frames the model has seen at once
     python sample.py --score 64               how near the truth 64 continuations come, frame by frame
 
 Reads a checkpoint of train.py and its tokenizer. Writes to --out: sample.gif (the truth beside the continuation),
@@ -26,25 +26,6 @@ import dvae
 import toto
 
 UNSEEN = range(3_000_000, 4_000_000)  # clips of the built-in world that no training or probing ever sees
-
-
-def continue_video(model, codes, n_frames, window, start=toto.VIDEO_START, progress=None, **how):
-    """A.8: continue codes int64 (B, F, h, w) to n_frames frames, (B, n_frames, h, w). `how` goes to Toto.generate.
-
-    The model has learned windows of `window` frames. Up to there a sequence is simply continued. Beyond (64 frames in
-    A.8), not in the paper: at every frame boundary the oldest frame is dropped, and the start token and the kept frames
-    are run afresh at their new positions, so that each frame is sampled exactly as the model would after that prompt.
-    Whole frames are dropped because the model knows where in a frame it is by the count of tokens alone.
-    """
-    B, _, h, w = codes.shape
-    while codes.shape[1] < n_frames:
-        kept = codes[:, -(window - 1) :]
-        new = min(window, n_frames) - kept.shape[1] if codes.shape[1] < window else 1
-        ids = torch.cat((kept.new_full((B, 1), start), kept.flatten(1) + toto.FIRST_CODE), dim=1)
-        ids = model.generate(ids, new * h * w, progress=progress, **how)
-        added = ids[:, -new * h * w :].view(B, new, h, w) - toto.FIRST_CODE
-        codes = torch.cat((codes, added), dim=1)
-    return codes
 
 
 # Prompts.
@@ -114,20 +95,18 @@ def best_copies(codes, n_given):
     return torch.where(t < n_given, t, n_given - lag + (t - n_given) % lag)
 
 
-def score(made, codes, truth, n_given, tokenizer, moving=None):
+def score(made, codes, truth, n_given, tokenizer, moving=None, wiped=None):
     """One row for each frame that the model made, against the truth, as clips × frames from made (B, F, h, w).
 
     psnr of the model, of repeating the last given frame, and of the truth after encoding and decoding, which no model
     can beat; with `moving` (B, F, R, R), on the pixels where the moving object is, or was in the last given frame, of
-    the model, of repeating, of `best_copies`, and of the last frame with the object wiped off: less wrong than an
-    object in the wrong place, so that only what beats it has learned to move. And the share of codes that are right, of
+    the model, of repeating, of `best_copies`, and of `wiped` (B, R, R, 3), that frame without the moving object: less
+    wrong than an object in the wrong place, so that only what beats it has learned to move. And the share of codes that are right, of
     the model, of repeating, of best_copies, and (`any`) of the given frame that is nearest the truth: the most that any
     copy could have, if it knew which.
     """
     decode = lambda codes: tokenizer.decode(codes).cpu().numpy()
     rows, last, clips, copies = [], truth[:, n_given - 1], torch.arange(len(codes)), best_copies(codes, n_given).cpu()
-    if moving is not None:  # most pixels are ground, so the median is its colour
-        wiped = np.where(moving[:, n_given - 1, :, :, None], np.median(last, axis=(1, 2), keepdims=True), last)
     for t in range(n_given, made.shape[1]):
         model, real, copy = decode(made[:, t]), truth[:, t], copies[:, t]
         row = {"frame": t, "psnr": psnr(model, real), "psnr_repeat": psnr(last, real)}
@@ -167,11 +146,11 @@ def print_score(rows):
 
 def write_score(args, made, truth, n_given, tokenizer):
     """--score: print the table, and write it to score.json."""
-    moving, codes = None, torch.stack([tokenizer.encode(clip) for clip in truth])
+    codes, what_moves = torch.stack([tokenizer.encode(clip) for clip in truth]), ()
     if args.prompt == [data.WORLD]:
-        numbers, resolution = world_numbers(args.seed, args.score), truth.shape[2]
-        moving = np.stack([data.world_clip(i, args.frames, resolution).masks for i in numbers])
-    rows = score(made, codes, truth, n_given, tokenizer, moving)
+        clips = [data.world_clip(i, args.frames, truth.shape[2]) for i in world_numbers(args.seed, args.score)]
+        what_moves = [np.stack(of) for of in zip(*((clip.masks, clip.without[n_given - 1]) for clip in clips))]
+    rows = score(made, codes, truth, n_given, tokenizer, *what_moves)
     print_score(rows)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     data.write_json({"settings": settings, "frames": rows}, args.out / "score.json")
@@ -241,7 +220,7 @@ def main():
     cache = toto.Cache(model, n_samples, 1 + min(args.frames, window) * tokens_per_frame, args.compile)
     started = time.perf_counter()
     with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
-        codes = continue_video(
+        codes = toto.continue_video(
             model, prompt, args.frames, window, toto.IMAGE_START if args.images else toto.VIDEO_START,
             progress=bar.update, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             generator=torch.Generator(device).manual_seed(args.seed), cache=cache,

@@ -58,7 +58,7 @@ class Config:
 # below them. A.5's text has widths of 64 to 1,536 and 12 to 48 layers, where the table has 256 to 1,792 and 12 to 32;
 # these are the table's. `tiny` is ours: what two CPU cores can train in minutes. Beside each, its number of parameters.
 SIZES = {
-    "tiny": Config(dim=128, n_heads=4, n_layers=6, hidden=384),             # 2.33 M
+    "tiny": Config(dim=128, n_heads=4, n_layers=4, hidden=384, rope_base=20.0),  # 1.90 M
     "base": Config(dim=768, n_heads=12, n_layers=12, hidden=3072),          # 119.56 M
     "large": Config(dim=1024, n_heads=16, n_layers=16, hidden=4096),        # 276.86 M
     "1b": Config(dim=2048, n_heads=16, n_layers=22, hidden=5632),           # 1,147.24 M
@@ -346,6 +346,25 @@ class Cache:
         for x in self.model.residual_stream(ids, ids.shape[1] > 1, rope, pasts):  # a single token may see all before it
             pass
         return self.model.logits(x[:, -1])
+
+
+def continue_video(model, codes, n_frames, window, start=VIDEO_START, progress=None, **how):
+    """A.8: continue codes int64 (B, F, h, w) to n_frames frames, (B, n_frames, h, w). `how` goes to Toto.generate.
+
+    The model has learned windows of `window` frames. Up to there a sequence is simply continued. Beyond (64 frames in
+    A.8), not in the paper: at every frame boundary the oldest frame is dropped, and the start token and the kept frames
+    are run afresh at their new positions, so that each frame is sampled exactly as the model would after that prompt.
+    Whole frames are dropped because the model knows where in a frame it is by the count of tokens alone.
+    """
+    B, _, h, w = codes.shape
+    while codes.shape[1] < n_frames:
+        kept = codes[:, -(window - 1) :]
+        new = min(window, n_frames) - kept.shape[1] if codes.shape[1] < window else 1
+        ids = torch.cat((kept.new_full((B, 1), start), kept.flatten(1) + FIRST_CODE), dim=1)
+        ids = model.generate(ids, new * h * w, progress=progress, **how)
+        added = ids[:, -new * h * w :].view(B, new, h, w) - FIRST_CODE
+        codes = torch.cat((codes, added), dim=1)
+    return codes
 
 
 def for_sampling(model, batch_size=1, compile=False):

@@ -39,9 +39,14 @@ import dvae
 import toto
 
 # §3.2: AdamW, peak 3e-4, 2,000 warm-up steps, batches of 2^20 tokens; §3.3: 10^12 tokens; §3.4: R = 128.
-PAPER = {"resolution": 128, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 1000}
+PAPER = {
+    "resolution": 128, "frames": 16, "batch_tokens": 2**20, "steps": 953_674, "lr": 3e-4, "warmup": 2000,
+    "save_every": 1000,
+}  # fmt: skip
 # Not in the paper: what trains `tiny` on two cores in minutes.
-LAPTOP = {"resolution": 48, "batch_tokens": 2**10, "steps": 4200, "lr": 5e-3, "warmup": 50, "save_every": 500}
+LAPTOP = {
+    "resolution": 48, "frames": 8, "batch_tokens": 2**10, "steps": 6000, "lr": 3e-3, "warmup": 50, "save_every": 500,
+}  # fmt: skip
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name. The first word that
 # fits counts, so that the variants of a card stand before the card.
@@ -433,22 +438,21 @@ N_SAMPLES = 4  # in samples.gif
 
 
 def write_samples(model, tokenizer, held_out, args):
-    """A GIF of held-out videos (as the tokenizer keeps them) beside what the model makes of their first quarter."""
+    """A GIF of held-out videos (as the tokenizer keeps them) beside what the model makes of their first frames."""
     source = max(held_out.values(), key=lambda source: source.n_videos)  # of several sources that with most videos
     if not len(source):
         return
-    h, w = source.tokens.meta["grid"]
-    n_prompt, device = max(args.frames // 4, 1), model.embedding.weight.device  # 4 of 16 frames are given
-    order = range(min(N_SAMPLES, len(source)))
-    ids = torch.as_tensor(np.stack([source.sequence(k, source.images)[0] for k in order])).to(device)
-    n_new = (args.frames - n_prompt) * h * w
-    with tqdm(total=n_new, desc="sampling", unit="token", dynamic_ncols=True) as bar:
-        generator = torch.Generator(device).manual_seed(args.seed)
-        prompt = ids[:, : 1 + n_prompt * h * w]
-        made = model.generate(prompt, n_new, top_p=0.95, generator=generator, progress=bar.update)
-    decode = lambda ids: tokenizer.decode(ids.view(-1, h, w) - toto.FIRST_CODE).cpu().numpy()  # (F·h·w,) -> frames
-    pairs = zip(ids[:, 1:-1], made[:, 1:])
-    rows = [[("truth", decode(truth)), ("model", decode(sample))] for truth, sample in pairs]
+    (h, w), device = source.tokens.meta["grid"], model.embedding.weight.device
+    F = max(args.frames, min(16, int(source.tokens.length.max()) // source.step))  # beyond the window, if need be (A.8)
+    n_prompt, longer = max(F // 4, 1), data.Source(source.tokens, F, held_out=True, step=source.step)
+    ids = [longer.sequence(k, longer.images)[0] for k in range(min(N_SAMPLES, len(longer)))]
+    start, truth = ids[0][0].item(), np.stack(ids)[:, 1:-1].reshape(len(ids), F, h, w) - toto.FIRST_CODE
+    truth = torch.as_tensor(truth).to(device)
+    with tqdm(total=(F - n_prompt) * h * w, desc="sampling", unit="token", dynamic_ncols=True) as bar:
+        how = {"top_p": 0.95, "generator": torch.Generator(device).manual_seed(args.seed), "progress": bar.update}
+        made = toto.continue_video(model, truth[:, :n_prompt], F, args.frames, start, **how)
+    decode = lambda codes: tokenizer.decode(codes).cpu().numpy()
+    rows = [[("truth", decode(real)), ("model", decode(sample))] for real, sample in zip(truth, made)]
     data.write_gif(args.out / "samples.gif", rows, n_prompt)
     print(f"wrote {args.out / 'samples.gif'}: {n_prompt} given frames, then the truth beside the model's continuation")
 
@@ -630,7 +634,7 @@ def parse_arguments():
     add("--out", default="out", type=data.output_folder, help="folder for the checkpoint, the log and the samples")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: that of --out, trained first if missing)")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
-    add("--frames", type=data.number(int, at_least=2), default=16, help="frames in a sequence")
+    add("--frames", type=data.number(int, at_least=2), help=f"frames in a sequence {about('frames')}")
     add("--stride", type=count, help=f"read every n-th frame of a video {default(4)}")
     add("--steps", type=count, help=f"optimizer steps {about('steps')}")
     add("--batch-tokens", type=count, help=f"visual tokens in a step, over all processes {about('batch_tokens')}")
@@ -640,7 +644,7 @@ def parse_arguments():
     add("--save-every", type=count, help=f"steps between checkpoints {about('save_every')}")
     add("--keep", type=count, default=1, help="checkpoints to keep: toto.pt, and with 2 or more toto-STEP.pt")
     add("--init-from", type=Path, help="start from the weights of this checkpoint (Table 4: at --resolution 256)")
-    add("--rope-base", type=positive, help="RoPE's base (default: 10,000, or that of --init-from; 50,000 in Table 4)")
+    add("--rope-base", type=positive, help="RoPE's base (default: 10,000, 20 for tiny, or that of --init-from; 50,000 in Table 4)")
     add("--mup", type=count, metavar="WIDTH", help="µ-parametrisation with this base width (A.5)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA only)")
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
@@ -649,7 +653,7 @@ def parse_arguments():
     add("--export", type=Path, metavar="FOLDER", help="no training: --init-from or --out for Hugging Face's Llama")
     add("--dry-run", type=count, nargs="?", const=1, metavar="N", help="no training: what N GPUs would need, or CPUs")
     args = parser.parse_args()
-    args.asked = {"resolution": args.resolution, "stride": args.stride}  # None where nothing was
+    args.asked = {name: getattr(args, name) for name in ("resolution", "stride", "frames")}  # None where nothing was
     args.stride = args.stride or 4
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:

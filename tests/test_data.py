@@ -529,38 +529,64 @@ def test_world_labels_masks_and_positions_are_true():
     seen, n_hidden, n_partly = set(), 0, 0
     for index in range(120):
         clip = data.world_clip(index, 20)
-        x, y = clip.positions.T
-        dx, dy = np.diff(x), np.diff(y)
-        turning = np.sign(dx[:-1] * dy[1:] - dy[:-1] * dx[1:]).sum()  # y points down: clockwise is positive
-        moves = {
-            "horizontal": (dx != 0).any() and not dy.any(),
-            "vertical": (dy != 0).any() and not dx.any(),
-            "clockwise": turning > 0 and (abs(dx) + abs(dy) == 8).all(),
-            "counter-clockwise": turning < 0 and (abs(dx) + abs(dy) == 8).all(),
-            "pulsing": not dx.any() and not dy.any(),
-        }
-        assert moves[clip.labels["motion"]], clip.labels
+        steps = np.diff(clip.positions, axis=0) / 8  # cells a frame, across and down
+        assert (abs(steps) == 1).all()
+        across, down = (data.world_clip(index, 21).positions[-1] - clip.positions[-1]) / 8  # the step that comes next
+        assert clip.labels["motion"] == f"{'down' if down > 0 else 'up'} {'right' if across > 0 else 'left'}"
         seen.add(clip.labels["motion"])
-        whole = clip.masks.sum(axis=(1, 2)).max()
-        for frame, mask, position in zip(clip.frames, clip.masks, clip.positions):
+        for frame, without, mask, objects, position in zip(
+            clip.frames, clip.without, clip.masks, clip.objects, clip.positions
+        ):
+            assert mask.sum() % 64 == 0 and mask.sum() <= 4 * 64 and (mask <= objects).all()
+            assert (frame == without).all(axis=-1)[~mask].all()
             n_hidden += not mask.any()
-            n_partly += 0 < mask.sum() < 0.3 * whole
+            n_partly += 0 < mask.sum() < 4 * 64
             if mask.any():
-                colours = frame[mask].astype(int)
-                assert (abs(colours - np.median(colours, axis=0)).max(axis=1) < 130).mean() > 0.9
+                assert len(np.unique(frame[mask], axis=0)) == 1 and (frame != without).any(axis=-1)[mask].all()
                 rows, columns = np.nonzero(mask)
-                assert abs(columns + 0.5 - position[0]).max() <= 8 and abs(rows + 0.5 - position[1]).max() <= 8
+                assert abs(columns + 0.5 - position[0]).max() <= 16 and abs(rows + 0.5 - position[1]).max() <= 16
+        cells = clip.without[0][4::8, 4::8]
+        resting = abs(cells - data.world_ground(48)[4::8, 4::8]).max(axis=-1) > 1
+        assert resting.sum() == 4 and (clip.without == clip.without[0]).all()
     assert seen == set(data.MOTIONS) and n_hidden and n_partly  # the resting object hides it at times
+
+
+def test_the_shape_of_the_world_is_that_of_what_moves():
+    """Cut out of the first frame in which all of it can be seen, and turned, it is the piece that the label names."""
+    for index in range(60):
+        clip = data.world_clip(index)
+        whole = [mask for mask in clip.masks if mask.sum() == 4 * 64]
+        if whole:
+            cells = whole[0][::8, ::8]
+            cut = cells[cells.any(axis=1)][:, cells.any(axis=0)].astype(int)
+            turned = [["".join(map(str, row)) for row in np.rot90(cut, k)] for k in range(4)]
+            assert data.SHAPES[clip.labels["shape"]] in turned
 
 
 def test_four_frames_of_the_world_decide_the_next():
     following = {}
     for index in range(500):
         clip = data.world_clip(index, 20, 12)  # 2 pixels a cell
-        states = [(*position, clip.labels["motion"] == "pulsing") for position in clip.positions.tolist()]
+        height, width = np.ptp(np.argwhere(clip.masks.any(axis=0)), axis=0)
+        states = [tuple(position) for position in clip.positions.tolist()]
         for t in range(4, 20):
-            following.setdefault(tuple(states[t - 4 : t]), set()).add(states[t])
+            key = clip.labels["shape"], height, width, *states[t - 4 : t]
+            following.setdefault(key, set()).add(states[t])
     assert len(following) > 60 and all(len(choices) == 1 for choices in following.values())
+
+
+def test_no_motion_of_the_world_comes_round_within_16_frames():
+    """However many frames back one copies from, no clip is continued so."""
+    for index in range(200):
+        x = data.world_clip(index).positions
+        assert not any((x[lag:] == x[:-lag]).all() for lag in range(1, 13))  # what is left may be too short to tell
+
+
+def test_the_ground_of_the_world_says_where_it_is():
+    ground = data.world_ground(48)
+    patches = ground.reshape(6, 8, 6, 8, 3).swapaxes(1, 2).reshape(36, -1)
+    distances = ((patches[:, None] - patches) ** 2).mean(axis=-1) + 1e9 * np.eye(36)
+    assert distances.min() > 4 * dvae.ALIKE
 
 
 def test_gif_and_strip_can_be_read_back(tmp_path):

@@ -214,7 +214,7 @@ def test_k_means_finds_what_is_rare():
     assert torch.equal(E, torch.ones(8, 4)) and s.isfinite()
 
 
-@pytest.mark.parametrize("change, steps, n_codes", [({}, 100, 8), ({"laplace": True}, 150, 2)])
+@pytest.mark.parametrize("change, steps, n_codes", [({}, 100, 5), ({"laplace": True}, 150, 2)])
 def test_training_learns_and_uses_its_codes(change, steps, n_codes):
     """On the world at 32 pixels a short training must beat the best constant picture by far and use many codes."""
     frames = world_frames(400, 32)

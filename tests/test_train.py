@@ -336,6 +336,7 @@ def test_from_media_to_samples(tmp_path, monkeypatch, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == written
     tokens = data.Tokens(next((tmp_path / "out/tokens").iterdir()))
     assert sorted(tokens.length.tolist()) == [1, 1, 1, 1, 5, 5, 5, 5]
+    assert len(data.iio.imread(tmp_path / "out/samples.gif")) == 5  # a frame more than a sequence has (A.8)
     # Once more: nothing is left to do, and it says so. With other settings it does not resume.
     in_process(*arguments)
     assert "has 3 steps already" in capsys.readouterr().out
@@ -645,7 +646,8 @@ def test_optimizer_follows_the_paper():
 
 def test_paper_settings():
     assert train.PAPER | {"save_every": 0} == {
-        "resolution": 128, "batch_tokens": 1_048_576, "steps": 953_674, "lr": 3e-4, "warmup": 2000, "save_every": 0,
+        "resolution": 128, "frames": 16, "batch_tokens": 1_048_576, "steps": 953_674, "lr": 3e-4, "warmup": 2000,
+        "save_every": 0,
     }  # fmt: skip
     # §3.3: 1 trillion tokens.
     assert train.PAPER["steps"] * train.PAPER["batch_tokens"] == pytest.approx(1e12, rel=1e-5)
