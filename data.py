@@ -86,12 +86,12 @@ def world_ground(resolution):
 def world_clip(index, n_frames=16, resolution=48, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    The frame is a board of 6 x 6 cells, one code each at the default resolution. Of two objects of four cells one rests,
-    and one moves, in front of it or behind: diagonally, a cell a frame in both directions, and back from the walls. What
-    it is cannot be told from one frame, since both are drawn from the same shapes and colours: one must see which of
-    them moves. Nor can where it is heading. Four frames decide the next, and no motion comes round within 16 frames, or
-    copying would pass for foresight: an object is never as wide as it is high, so that its ways across and down take
-    different times.
+    The frame is a board of 6 x 6 cells, one code each at the default resolution. Of two objects of four cells one
+    rests, and one moves, in front of it or behind: diagonally, a cell a frame in both directions, and back from the
+    walls. What it is cannot be told from one frame, since both are drawn from the same shapes and colours: one must see
+    which of them moves. Nor can where it is heading. Four frames decide the next, and no motion comes round within 16
+    frames, or copying would pass for foresight: an object is never as wide as it is high, so that its ways across and
+    down take different times.
     """
     rng = np.random.default_rng([seed, index])
     t, names = np.arange(n_frames + 1), list(SHAPES)

@@ -99,11 +99,11 @@ def score(made, codes, truth, n_given, tokenizer, moving=None, wiped=None):
     """One row for each frame that the model made, against the truth, as clips × frames from made (B, F, h, w).
 
     psnr of the model, of repeating the last given frame, and of the truth after encoding and decoding, which no model
-    can beat; with `moving` (B, F, R, R), on the pixels where the moving object is, or was in the last given frame, of
-    the model, of repeating, of `best_copies`, and of `wiped` (B, R, R, 3), that frame without the moving object: less
-    wrong than an object in the wrong place, so that only what beats it has learned to move. And the share of codes that are right, of
-    the model, of repeating, of best_copies, and (`any`) of the given frame that is nearest the truth: the most that any
-    copy could have, if it knew which.
+    can beat. With `moving` (B, F, R, R), on the pixels where the moving object is, or was in the last given frame: of
+    the model, of repeating, of `best_copies`, and of `wiped` (B, R, R, 3), that frame without the moving object, which
+    is less wrong than an object in the wrong place, so that only what beats it has learned to move. And the share of
+    codes that are right: of the model, of repeating, of best_copies, and (`any`) of the given frame that is nearest the
+    truth, the most that any copy could have if it knew which.
     """
     decode = lambda codes: tokenizer.decode(codes).cpu().numpy()
     rows, last, clips, copies = [], truth[:, n_given - 1], torch.arange(len(codes)), best_copies(codes, n_given).cpu()
