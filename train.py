@@ -644,7 +644,7 @@ def parse_arguments():
     add("--save-every", type=count, help=f"steps between checkpoints {about('save_every')}")
     add("--keep", type=count, default=1, help="checkpoints to keep: toto.pt, and with 2 or more toto-STEP.pt")
     add("--init-from", type=Path, help="start from the weights of this checkpoint (Table 4: at --resolution 256)")
-    add("--rope-base", type=positive, help="RoPE's base (default: the size's, or that of --init-from; 50,000 in Table 4)")
+    add("--rope-base", type=positive, help="RoPE's base (default: the size's or that of --init-from; 50,000 in Table 4)")
     add("--mup", type=count, metavar="WIDTH", help="µ-parametrisation with this base width (A.5)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA only)")
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
