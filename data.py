@@ -2,7 +2,7 @@
 
     media -> frames      read_frames: resize the short side to R pixels, keep every 4th frame (§3.4)
     frames -> tokens     tokenize: crop, encode with the dVAE, store codes in a token folder
-    tokens -> sequences  Mixture: sources mixed by weight (§3.3), [start] + 16 frames in raster order + [end] (§3.4)
+    tokens -> sequences  Mixture: sources mixed by weight (§3.3), [start] + F frames in raster order + [end] (§3.4)
 
     python data.py MEDIA... --out tokens/NAME      tokenize files or folders of images and videos once, for all training
 
@@ -59,7 +59,7 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 WORLD, WORLD_MASKS, WORLD_CLIPS = "world", "world-masks", 1600
 HELD_OUT = 0.05  # share of the clips of any source that is kept for validation
 SHAPES = {"I": ["1111"], "L": ["111", "100"], "S": ["011", "110"], "T": ["111", "010"]}  # of four cells each
-MOTIONS = ("up left", "up right", "down left", "down right")  # where the moving object is heading at the end
+MOTIONS = ("rising", "falling")  # along / or along the other diagonal: the moving object's step after the last frame
 COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40))
 
 
@@ -86,12 +86,11 @@ def world_ground(resolution):
 def world_clip(index, n_frames=16, resolution=48, seed=0):
     """Clip number `index` of the moving-shapes world: always the same for the same arguments.
 
-    The frame is a board of 6 x 6 cells, one code each at the default resolution. Of two objects of four cells one
-    rests, and one moves, in front of it or behind: diagonally, a cell a frame in both directions, and back from the
-    walls. What it is cannot be told from one frame, since both are drawn from the same shapes and colours: one must see
-    which of them moves. Nor can where it is heading. Four frames decide the next, and no motion comes round within 16
-    frames, or copying would pass for foresight: an object is never as wide as it is high, so that its ways across and
-    down take different times.
+    The board has 6 x 6 cells, one code each at the default resolution. There are two pieces of four cells: one rests;
+    the other moves one cell a frame both across and down, in front or behind, and bounces off the walls. Both are drawn
+    from the same shapes and colours, so that only motion tells which is which, and nothing else which way it goes. Four
+    frames decide the next. No motion repeats within 16 frames, or copying would look like prediction: no piece is as
+    wide as it is high, so the two directions have different periods.
     """
     rng = np.random.default_rng([seed, index])
     t, names = np.arange(n_frames + 1), list(SHAPES)
@@ -105,7 +104,7 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
         for f in range(n_frames):
             board[f, y[f] : y[f] + piece.shape[0], x[f] : x[f] + piece.shape[1]] = piece
     centre = np.stack((x[:-1] + piece.shape[1] / 2, y[:-1] + piece.shape[0] / 2), axis=1)  # of the moving one, in cells
-    motion = f"{'down' if y[-1] > y[-2] else 'up'} {'right' if x[-1] > x[-2] else 'left'}"
+    motion = MOTIONS[int((y[-1] > y[-2]) == (x[-1] > x[-2]))]  # y points down
 
     cell, ground = np.arange(resolution) * 6 // resolution, world_ground(resolution).round().astype(np.uint8)
     resting, moving = boards[:, :, cell][..., cell]  # each (F, R, R)
@@ -467,7 +466,7 @@ class Tokens:
         return len(self.length)
 
     def step(self, stride):
-        """§3.4: "sample every 4 frames". How many stored frames lie from one of those to the next: 1, or up to 4."""
+        """How many stored frames to advance for one frame at `stride` (§3.4: "sample every 4 frames")."""
         stored = self.meta["stride"]
         if stride % stored and self.length.max() > 1:
             words = f"was stored at stride {stored}, which cannot give stride {stride}; ask for a multiple of {stored}"
@@ -508,11 +507,10 @@ def to_sequence(codes, is_video):
 class Source:
     """The sequences of one token folder: of its training clips, or of the held-out ones.
 
-    §3.4 samples every 4th frame. A folder that stores more holds each video several times over, one frame later each:
-    its phases, whose frames lie `step` stored ones apart. Not in the paper: a video of n stored frames gives n // F
-    windows (at least one), so that a pass shows every stored frame about once; its windows, and passes, take the phases
-    in turn, but validation sees the first alone. F images at a time make a sequence. Short videos end by repeating
-    their last frame.
+    §3.4 samples every 4th frame. A folder stored at a finer stride holds 4 (`step`) such samplings of each video, its
+    phases, each starting one frame later. Not in the paper: a video of n stored frames gives max(n // F, 1) windows, so
+    that a pass shows each stored frame about once. Training cycles through the phases, over windows and passes;
+    validation uses the first only. F images make a sequence. Short videos repeat their last frame.
     """
 
     def __init__(self, tokens, n_frames, held_out=False, share=HELD_OUT, step=1):
@@ -668,27 +666,28 @@ def wait_for_all():
 
 
 def start_processes(device):
-    """Under torchrun, which starts a process per GPU (or several on a CPU), let the processes find each other.
+    """Under torchrun, which starts a process per GPU (or several on a CPU), connect the processes.
 
-    Where one is lost, what the others exchange next fails after 20 minutes, more than any save takes, and they end.
+    If one is lost, the next exchange of the others fails after 20 minutes, which is longer than any save, and they end.
     """
     global PATIENT
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     limit = timedelta(minutes=20)
     store, rank, n = next(dist.rendezvous("env://", timeout=limit))
-    # When torchrun starts all again (--max-restarts), its store still has the addresses of those who are gone (PyTorch
-    # issue 135712). So they meet in a room with a new name, which each one asks for by a word that is new as well.
-    room = word = os.urandom(8).hex()
+    # After a restart (--max-restarts), torchrun's store still holds the addresses of dead processes (PyTorch issue
+    # 135712). So rank 0 draws a new prefix for all keys. Each other rank asks for it under a key of its own, new in
+    # every start, and confirms; rank 0 answers each rank's latest request until that rank has confirmed.
+    prefix = request = os.urandom(8).hex()
     if rank > 0:
-        store.set(f"word {rank}", word)
-        room = store.get(word).decode()  # waits for it
-        store.set(f"{room} {rank}", "")
+        store.set(f"request {rank}", request)
+        prefix = store.get(request).decode()  # waits for it
+        store.set(f"{prefix} {rank}", "")
     for other in range(1, n) if rank == 0 else ():
-        while not store.check([f"{room} {other}"]):
-            store.set(store.get(f"word {other}").decode(), room)
+        while not store.check([f"{prefix} {other}"]):
+            store.set(store.get(f"request {other}").decode(), prefix)
             time.sleep(0.01)
-    backend, store = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore(room, store)
+    backend, store = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore(prefix, store)
     dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=n)
     PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # NCCL's barriers have no time-out of their own
 
@@ -938,7 +937,9 @@ def main():
     add("--tokenizer", default="out/dvae.pt", help="a tokenizer of dvae.py, or a folder with OpenAI's two files")
     add("--resolution", type=dvae.frame_side, default=128, help="R of §3.4, as in the training to come; tiny has 48")
     add("--stride", type=count, default=4, help="store every n-th frame of a video; training can ask for its multiples")
-    add("--crops", type=count, default=1, help="1: the centre of each frame; more: as many random crops of each item")
+    crops = lambda text: THREE if text == THREE else count(text)
+    words = "1: the centre of each frame; more: as many random crops of each item; three: for views of videos (§4.3)"
+    add("--crops", type=crops, default=1, help=words)
     args = parser.parse_args()
     device = pick_device(args.device)
     start_processes(device)

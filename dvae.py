@@ -371,8 +371,8 @@ def redundant(model, frames):
     The encoder sees more than the 8x8 pixels of a code, and k-means then gives one and the same patch several codes,
     by what is near it: noise to the transformer, which has to predict it. So each code is decoded by itself, as the
     middle of 5 x 5 of its kind, and where two pictures differ by less than ALIKE, one code does for both. On the
-    built-in world that leaves some 80 codes of 512, and of the entropy that a code has when its patch is known 0.05 of
-    0.9 nats. Codes of photographs differ by more; few of them go.
+    built-in world that leaves some @@N codes of 512, and of the entropy that a code has when its patch is known @@H
+    nats. Codes of photographs differ by more, so few of them go.
     """
     found = torch.cat([model.encode(some).flatten() for some in np.split(frames, range(32, len(frames), 32))])
     counts, side = torch.bincount(found, minlength=model.config.vocab_size), model.pixels_per_code
@@ -572,7 +572,7 @@ def measure(model, frames):
     psnr in dB; perplexity of the codes, and how many are in use; `entropy` of the codes, and `entropy_given_patch`, in
     nats, what is left of it once the 8x8 pixels are known, over patches that occur more than once: codes that depend on
     the surroundings, which the transformer must pay for and PSNR does not show. Since photographs have no patch twice,
-    `same_elsewhere` is the share of patches that keep their code when the frame before lends all their neighbours.
+    `same_elsewhere` is the share of patches that keep their code when another frame, far off, lends their neighbours.
     """
     codes, elsewhere, psnr = [], [], []
     n, side, device = len(frames), model.pixels_per_code, model.encoder.blocks.input.w.device
@@ -582,7 +582,7 @@ def measure(model, frames):
     for rows in np.split(np.arange(n), range(32, n, 32)):
         truth = frames[rows]
         codes.append(model.encode(truth).cpu())
-        elsewhere.append(model.encode(np.where(pixels, truth, frames[rows - 1])).cpu()[:, here])
+        elsewhere.append(model.encode(np.where(pixels, truth, frames[rows - (n + 1) // 2])).cpu()[:, here])
         error = model.decode(codes[-1].to(device)).float().cpu() - torch.as_tensor(truth)
         psnr.append(20 * math.log10(255) - 10 * error.pow(2).flatten(1).mean(dim=1).clamp(min=1e-9).log10())
     codes = torch.cat(codes)
@@ -597,15 +597,6 @@ def measure(model, frames):
         "entropy_given_patch": entropy(patch * vocab_size + of_patch) - entropy(patch),
         "same_elsewhere": (torch.cat(elsewhere) == codes[:, torch.from_numpy(here)]).float().mean().item(),
     }  # fmt: skip
-
-
-def words_for(score):
-    """The figures of `measure` in two lines."""
-    return (
-        f"{score['psnr']:.1f} dB, {score['codes_in_use']} codes in use, perplexity {score['perplexity']:.1f}\n"
-        f"  a code has {score['entropy']:.2f} nats of entropy, {score['entropy_given_patch']:.2f} where its 8x8 pixels "
-        f"are known; {score['same_elsewhere']:.0%} of codes stay the same among other neighbours"
-    )
 
 
 def train_on(paths, out, resolution, stride, seed, device, config=SMALL, recipe=LAPTOP, save_every=1000):
@@ -643,7 +634,12 @@ def train_on(paths, out, resolution, stride, seed, device, config=SMALL, recipe=
         for path in (state, warm_start_file(state)):
             path.unlink(missing_ok=True)
         score = measure(model, test)
-        print(f"tokenizer on {seen} frames: {words_for(score)}")
+        psnr, perplexity, in_use, entropy, given_patch, same = score.values()
+        print(
+            f"tokenizer: {psnr:.1f} dB on {seen} frames, {in_use} of {config.vocab_size} codes in use, perplexity "
+            f"{perplexity:.1f}\n  a code has {entropy:.2f} nats of entropy, {given_patch:.2f} where its 8x8 pixels are "
+            f"known; {same:.0%} of codes stay the same among other neighbours"
+        )
 
 
 def draw_kept(model, frames, path):
@@ -662,7 +658,7 @@ def reconstruct(paths, tokenizer_path, out, resolution, stride, device):
         picture = Path(out) / f"{Path(path).stem}-reconstructed.png"
         draw_kept(model, frames, picture)
         score = measure(model, frames)
-        print(f"wrote {picture}: {words_for(score)}")
+        print(f"wrote {picture}: {score['psnr']:.1f} dB, {score['codes_in_use']} different codes")
 
 
 def main():

@@ -171,12 +171,13 @@ class ProbeSet:
 
     §4.3 and Table 8, the views of SlowFast: n_views windows of n_frames, the i-th starting at
     (length - n_frames) · i / n_views, of each of n_crops crops, which the token folder stores as clips that follow one
-    another. Not in the paper: one view is the middle one. Windows start at frames that the stride keeps.
+    another. Not in the paper: one view is the middle one. Frames lie `step` stored ones apart; a window may start at
+    any stored one.
 
     Training sees §3.4's "random crop of R x R x T": in each epoch one of the crops, and of a longer video any window.
     """
 
-    def __init__(self, tokens, n_frames, n_views=1, n_crops=1, classes=None):
+    def __init__(self, tokens, n_frames, n_views=1, n_crops=1, classes=None, step=1):
         is_video, source = tokens.length > 1, tokens.meta["source"]
         if is_video.any() and not is_video.all():
             raise ValueError(f"{source}: has both images and videos; probe one kind at a time")
@@ -190,9 +191,10 @@ class ProbeSet:
                 if difference:
                     raise ValueError(f"{source}: has a {task} {what}: {', '.join(sorted(difference))}")
         self.labels = {t: torch.tensor([names.index(l) for l in labels[t]]) for t, names in self.classes.items()}
-        self.names, self.tokens, self.n_crops = tokens.names[::n_crops], tokens, n_crops
+        self.names, self.tokens, self.n_crops, self.step = tokens.names[::n_crops], tokens, n_crops, step
         self.n_frames = n_frames if is_video.all() else 1  # an image is a clip of one frame
-        self.spare = np.maximum(tokens.length[::n_crops] - self.n_frames, 0)  # a window may start at 0 … spare
+        span = (self.n_frames - 1) * step + 1  # of a window, in stored frames
+        self.spare = np.maximum(tokens.length[::n_crops] - span, 0)  # a window may start at 0 … spare
         starts = [self.spare // 2] if n_views == 1 else [self.spare * i // n_views for i in range(n_views)]
         views = [(crop, start) for crop in range(n_crops) for start in starts]
         clips = range(len(self.names))
@@ -205,7 +207,7 @@ class ProbeSet:
 
     def sequence(self, clip, crop, start):
         """ids int16 (1 + T,), without the end token: a probe reads H_l where codes are inputs."""
-        codes = self.tokens.codes(clip * self.n_crops + crop, start, self.n_frames)
+        codes = self.tokens.codes(clip * self.n_crops + crop, start, self.n_frames, self.step)
         return data.to_sequence(codes, self.n_frames > 1)[:-1].astype(np.int16)
 
     def draw(self, generator):
@@ -231,22 +233,21 @@ def load_sets(args, checkpoint, tokenizer):
     for split, world in (("train", WORLD_TRAIN), ("val", WORLD_VAL)):
         how = (1, args.crops) if split == "train" else (n_views, n_crops, sets[0].classes)
         crops = data.THREE if split == "val" and n_crops == 3 else how[1]
-        source = Path(args.data) / split if args.data else f"world-{split}"
+        source, step = Path(args.data) / split if args.data else f"world-{split}", 1
         if args.data and not source.is_dir():
             raise ValueError(f"{source}: no such folder; --data needs train/<class>/* and val/<class>/*")
         if args.data and data.is_token_folder(source):
             tokens, grid = data.Tokens(source), 2 * [resolution // tokenizer.pixels_per_code]
             made = {"tokenizer": checkpoint["tokenizer"], "resolution": resolution, "grid": grid, "crops": crops}
-            made |= {"stride": stride} if tokens.length.max() > 1 else {}
             data.check_same(source, tokens.meta, made, "a token folder keeps what it was made with")
+            step = tokens.step(stride)
         else:
-            shards = data.world_shards(world, resolution, checkpoint["frames"])
-            if args.data:
-                shards = data.media_shards(source, resolution, stride)
+            media = args.data and data.media_shards(source, resolution, stride)
+            shards = media or data.world_shards(world, resolution, checkpoint["frames"])
             tokens = data.tokenize_cached(source, shards, args.out / "tokens", tokenizer, resolution, stride, crops)
         if split == "val" and args.views != (1, 1) and tokens.length.max() == 1:
             raise ValueError(f"{source}: --views are for videos; here are images")
-        sets.append(ProbeSet(tokens, checkpoint["frames"], *how))
+        sets.append(ProbeSet(tokens, checkpoint["frames"], *how, step=step))
     if len(sets[0]) < 2:
         raise ValueError("probing needs at least 2 training clips")
     return sets
@@ -256,7 +257,7 @@ class Features:
     """§3.5: H_l of the asked layers, {l: (B, T, D)}, of the sequences of a set; kept if they fit in KEEP_BYTES.
 
     A frozen trunk gives the same features in every epoch, and one pass gives those of all layers. Row clip · views + i
-    is view i of a clip. Windows that are drawn anew in every epoch are no rows: they go through `compute`.
+    is view i of a clip. Windows drawn anew in each epoch are not stored here: they go through `compute`.
     """
 
     def __init__(self, model, split, layers, args, device, keep=True):
@@ -409,11 +410,11 @@ def save_finetuned(model, tokenizer, checkpoint, args, path):
     """The trunk as a checkpoint for all programs, with the tokenizer beside it; train.py takes it by --init-from."""
     resolution = args.resolution or checkpoint["resolution"]
     grid = 2 * [resolution // tokenizer.pixels_per_code]
-    plan = {"data": f"for {args.finetune} fine-tuning", "tokenizer": checkpoint["tokenizer"], "grid": grid}
+    plan = {"tokenizer": checkpoint["tokenizer"], "grid": grid, "frames": checkpoint["frames"]}
     weights = {name: p.cpu() for name, p in model.state_dict().items()}
     changed = {"model": weights, "optimizer": {}, "config": asdict(model.config), "resolution": resolution}
     with data.atomic_open(path) as file:
-        torch.save(checkpoint | changed | {"plan": plan | {"frames": checkpoint["frames"]}}, file)
+        torch.save(checkpoint | changed | {"plan": plan}, file)
     if not path.with_name("dvae.pt").exists():
         dvae.save(tokenizer, path.with_name("dvae.pt"))
     print(f"wrote {path}")
@@ -558,6 +559,9 @@ def main():
         if args.finetune in ("full", "both") and (len(layers) > 1 or len(args.pool) > 1):
             words = "the trunk learns for one head; give one --layer and one --pool"
             raise ValueError(f"--finetune {args.finetune}: {words}")
+        beside = args.out / "dvae.pt"
+        if args.finetune and beside.exists() and dvae.load(beside).fingerprint() != checkpoint["tokenizer"]:
+            raise ValueError(f"{beside}: is another tokenizer than that of {path}; give another --out")
         sets = train, val = load_sets(args, checkpoint, tokenizer)
         report |= {"clips": [len(train), len(val)], "classes": train.classes}
         if data.rank() == 0:
@@ -573,11 +577,11 @@ def main():
                 n_pixels = 3 * (args.resolution or checkpoint["resolution"]) ** 2
                 runs[f"{path}, raw pixels"] = (None, [0], ["average"], n_pixels)
         for name, run in runs.items():
-            number = f"-{len(report['runs']) + 1}.pt" if report["runs"] else ".pt"  # of each run its own files
-            state = args.out / f"probe{number}"
+            suffix = f"-{len(report['runs']) + 1}.pt" if report["runs"] else ".pt"  # of each run its own files
+            state = args.out / f"probe{suffix}"
             results, report["runs"][name] = probe_run(name, *run, sets, args, device, checkpoint, state)
             if args.finetune and data.rank() == 0:
-                save_finetuned(model, tokenizer, checkpoint, args, args.out / f"finetuned{number}")
+                save_finetuned(model, tokenizer, checkpoint, args, args.out / f"finetuned{suffix}")
             for (task, pool, l), r in results.items():
                 row = {"model": name, "task": task, "pool": pool, "layer": l, "top1": r["top1"]}
                 report["accuracy"].append(row | {"interval": r["interval"]})

@@ -82,10 +82,10 @@ def psnr(frames, truth, where=None):
 
 
 def best_copies(codes, n_given):
-    """Which given frame the best copying would show in each frame of codes (B, F, h, w) -> indices (B, F).
+    """For each frame of codes (B, F, h, w) the index of the given frame that the best copying would show, (B, F).
 
-    Frame t is frame t - lag, over and over. Of all lags, each clip has the one that was best over its given frames:
-    one that knows nothing of what comes, but is right where a motion comes round. A lag of 1 repeats the last frame.
+    It repeats the last `lag` given frames for ever: right where a motion comes round. Each clip has the lag that tells
+    its own given frames best; a lag of 1 repeats the last one.
     """
     B, F = codes.shape[:2]
     given, lags = codes[:, :n_given].flatten(2), range(1, max(n_given, 2))
@@ -117,9 +117,9 @@ def score(made, codes, truth, n_given, tokenizer, moving=None, wiped=None):
             row["psnr_moving_copy"] = psnr(truth[clips, copy], real, where)
             row["psnr_moving_wiped"] = psnr(wiped, real, where)
         right = lambda guess: (guess == codes[:, t]).float().mean(dim=(1, 2))  # (B,)
-        any_ = torch.stack([right(codes[:, given]) for given in range(n_given)]).amax(dim=0)
+        best_given = torch.stack([right(codes[:, given]) for given in range(n_given)]).amax(dim=0)
         row |= {"codes": right(made[:, t]), "codes_repeat": right(codes[:, n_given - 1])}
-        row |= {"codes_copy": right(codes[clips, copy]), "codes_any": any_}
+        row |= {"codes_copy": right(codes[clips, copy]), "codes_any": best_given}
         rows.append({key: value.mean().item() if torch.is_tensor(value) else value for key, value in row.items()})
     return rows
 

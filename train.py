@@ -229,6 +229,7 @@ def open_run(args, device):
     specs = [parse_spec(spec) for spec in args.data or [data.WORLD]]
     if args.evaluate:  # on what it was trained on, where nothing else is asked for
         specs = specs if args.data else start["plan"]["data"]
+        advice = "leave out --frames and --resolution"
         for name, asked in args.asked.items():
             setattr(args, name, asked or start[name])
 
@@ -269,7 +270,7 @@ def announce(args, run, device):
     words = f"{args.steps:,} steps of {run.n_sequences} sequences of {args.frames} x {grid} tokens"
     words += f"; resuming at step {run.first_step:,}" if run.first_step else ""
     if args.evaluate:
-        whose = "given" if args.data else "its training's"
+        whose = "the given" if args.data else "its training"
         words = f"trained for {run.first_step:,} steps; evaluating on {whose} data, {', '.join(run.held_out)}"
     print(f"{args.size}: {run.model.count_parameters() / 1e6:.2f} M parameters, {dtype} on {device.type}; {words}")
     path = args.out / "dvae.pt"
@@ -370,11 +371,13 @@ def prepare_sources(args, specs, tokenizer):
 def evaluate(model, held_out, micro_batch, device, limit=64, by_position=False):
     """For each source, over up to `limit` held-out sequences:
 
-    loss, in nats per token, of codes and the end token as in training (Eq. 2); of the codes alone loss_by_frame (A.1,
-    Fig. 10), and loss_by_token if by_position; the accuracy of the most probable next token on all frames but the
-    first, beside that of repeating the code at the same place of the frame before; and the entropy of the codes'
-    unigram distribution, which is the loss of a model that knows nothing but how frequent each code is.
-    The repeats that fill up what is short are easy to predict, and do not count; nor does the end token after them.
+    loss               nats per token, of codes and the end token, as in training (Eq. 2)
+    loss_by_frame      of the codes alone (A.1, Fig. 10), and with by_position loss_by_token
+    accuracy           of the most probable next code, on all frames but the first
+    repeat_accuracy    of the code at the same place of the frame before
+    unigram_entropy    the loss of a model that knows nothing but how frequent each code is
+
+    Padding (repeated frames or images, and the end token after them) is not scored.
     """
     results, rank, world_size = {}, data.rank(), data.world_size()
     for name, source in held_out.items():
@@ -443,9 +446,12 @@ def write_samples(model, tokenizer, held_out, args):
     if not len(source):
         return
     (h, w), device = source.tokens.meta["grid"], model.embedding.weight.device
-    F = max(args.frames, min(16, int(source.tokens.length.max()) // source.step))  # beyond the window, if need be (A.8)
+    longest = max(source.tokens.length[source.videos], default=1) // source.step
+    F = max(args.frames, min(16, int(longest)))  # beyond what the model sees at once, where there is more (A.8)
     n_prompt, longer = max(F // 4, 1), data.Source(source.tokens, F, held_out=True, step=source.step)
-    ids = [longer.sequence(k, longer.images)[0] for k in range(min(N_SAMPLES, len(longer)))]
+    n = longer.n_videos or longer.n_images  # of one kind, which has one start token
+    order = np.linspace(0, n - 1, min(N_SAMPLES, n)).round().astype(int)
+    ids = [longer.sequence(k, longer.images)[0] for k in order]
     start, truth = ids[0][0].item(), np.stack(ids)[:, 1:-1].reshape(len(ids), F, h, w) - toto.FIRST_CODE
     truth = torch.as_tensor(truth).to(device)
     with tqdm(total=(F - n_prompt) * h * w, desc="sampling", unit="token", dynamic_ncols=True) as bar:
@@ -644,7 +650,7 @@ def parse_arguments():
     add("--save-every", type=count, help=f"steps between checkpoints {about('save_every')}")
     add("--keep", type=count, default=1, help="checkpoints to keep: toto.pt, and with 2 or more toto-STEP.pt")
     add("--init-from", type=Path, help="start from the weights of this checkpoint (Table 4: at --resolution 256)")
-    add("--rope-base", type=positive, help="RoPE's base (default: the size's or that of --init-from; 50,000 in Table 4)")
+    add("--rope-base", type=positive, help="RoPE's base (default: the size's, or of --init-from; 50,000 in Table 4)")
     add("--mup", type=count, metavar="WIDTH", help="µ-parametrisation with this base width (A.5)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA only)")
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")

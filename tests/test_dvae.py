@@ -216,7 +216,10 @@ def test_k_means_finds_what_is_rare():
 
 @pytest.mark.parametrize("change, steps, n_codes", [({}, 100, 5), ({"laplace": True}, 150, 2)])
 def test_training_learns_and_uses_its_codes(change, steps, n_codes):
-    """On the world at 32 pixels a short training must beat the best constant picture by far and use many codes."""
+    """On the world at 32 pixels a short training must beat the best constant picture by far and use several codes.
+
+    So early, most patches still decode alike, and those that do share a code.
+    """
     frames = world_frames(400, 32)
     model = dvae.train(lambda i: frames, NARROW, replace(dvae.LAPTOP, steps=steps, **change), seed=1)
     score = dvae.measure(model, frames[:64])

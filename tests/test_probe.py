@@ -12,6 +12,7 @@ import data
 import dvae
 import probe
 import toto
+from conftest import fake_tokens
 from test_train import in_process, run_in_a_pair
 
 D, H, C = 32, 4, 5
@@ -423,10 +424,25 @@ def test_token_folders_that_do_not_fit(token_folders):
         run_probe(setting, *base, "--resolution", "32")
     meta = token_folders / "val" / "meta.json"
     good = json.loads(meta.read_text())
-    for what, other in (("stride", 2), ("tokenizer", "another")):
+    for what, other, words in (
+        ("stride", 3, "was stored at stride 3, which cannot give stride 4"),
+        ("tokenizer", "another", "its tokenizer is another, here it is"),
+    ):
         data.write_json(good | {what: other}, meta)
-        with pytest.raises(ValueError, match=f"val: its {what} is {other}, here it is"):
+        with pytest.raises(ValueError, match=f"val: {words}"):
             run_probe(setting, *base)
+
+
+def test_windows_of_a_folder_that_stores_every_frame(tmp_path):
+    """§3.4: at stride 4 a window of 3 frames takes every 4th stored one, from any phase."""
+    tokens = fake_tokens(tmp_path / "t", [20, 9], stride=1)
+    tokens.labels = {"class": ["a", "b"]}
+    split = probe.ProbeSet(tokens, 3, step=tokens.step(4))
+    first = lambda ids: (ids[:, 1:].reshape(len(ids), 3, -1)[..., 0] - toto.FIRST_CODE).tolist()
+    assert first(split.ids[:, 0]) == [[5, 9, 13], [100, 104, 108]] and split.spare.tolist() == [11, 0]
+    crops, starts = split.draw(torch.Generator().manual_seed(0))
+    assert first(split.drawn(torch.tensor([0]), crops, starts)) == [[starts[0] + k for k in (0, 4, 8)]]
+    assert len({split.draw(torch.Generator().manual_seed(s))[1][0].item() % 4 for s in range(20)}) == 4
 
 
 def test_probabilities_of_views_are_averaged():
