@@ -59,7 +59,7 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 WORLD, WORLD_MASKS, WORLD_CLIPS = "world", "world-masks", 1600
 HELD_OUT = 0.05  # share of the clips of any source that is kept for validation
 SHAPES = {"I": ["1111"], "L": ["111", "100"], "S": ["011", "110"], "T": ["111", "010"]}  # of four cells each
-MOTIONS = ("rising", "falling")  # along / or along the other diagonal: the moving object's step after the last frame
+MOTIONS = ("up left", "up right", "down left", "down right")  # the moving object's step after the last frame
 COLOURS = ((230, 40, 40), (60, 170, 250), (240, 220, 40))
 
 
@@ -104,7 +104,7 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
         for f in range(n_frames):
             board[f, y[f] : y[f] + piece.shape[0], x[f] : x[f] + piece.shape[1]] = piece
     centre = np.stack((x[:-1] + piece.shape[1] / 2, y[:-1] + piece.shape[0] / 2), axis=1)  # of the moving one, in cells
-    motion = MOTIONS[int((y[-1] > y[-2]) == (x[-1] > x[-2]))]  # y points down
+    motion = MOTIONS[2 * (y[-1] > y[-2]) + (x[-1] > x[-2])]  # y points down
 
     cell, ground = np.arange(resolution) * 6 // resolution, world_ground(resolution).round().astype(np.uint8)
     resting, moving = boards[:, :, cell][..., cell]  # each (F, R, R)

@@ -532,7 +532,7 @@ def test_world_labels_masks_and_positions_are_true():
         steps = np.diff(clip.positions, axis=0) / 8  # cells a frame, across and down
         assert (abs(steps) == 1).all()
         across, down = (data.world_clip(index, 21).positions[-1] - clip.positions[-1]) / 8  # the step that comes next
-        assert clip.labels["motion"] == ("falling" if across == down else "rising")
+        assert clip.labels["motion"] == f"{'down' if down > 0 else 'up'} {'right' if across > 0 else 'left'}"
         seen.add(clip.labels["motion"])
         for frame, without, mask, objects, position in zip(
             clip.frames, clip.without, clip.masks, clip.objects, clip.positions
