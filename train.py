@@ -47,8 +47,8 @@ PAPER = {
 LAPTOP = {
     "resolution": 48, "frames": 8, "batch_tokens": 2**10, "steps": 6000, "lr": 3e-3, "warmup": 50, "save_every": 500,
 }  # fmt: skip
-# On the built-in world alone. Not in the paper: with a small base all frequencies of RoPE turn fast, and "a row above, a
-# frame ago" is told from its neighbours early. But what lies far back blurs, such as whether [1] or [3] began it all.
+# On the built-in world alone. Not in the paper: with a small base all frequencies of RoPE turn fast, so that "a row
+# above" and "a frame ago" are soon told from their neighbours. Longer distances blur: on real media it was not better.
 WORLD_ROPE_BASE = 20.0
 
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name. The first word that
