@@ -47,10 +47,6 @@ PAPER = {
 LAPTOP = {
     "resolution": 48, "frames": 8, "batch_tokens": 2**10, "steps": 6000, "lr": 3e-3, "warmup": 50, "save_every": 500,
 }  # fmt: skip
-# On the built-in world alone. Not in the paper: with a small base all frequencies of RoPE turn fast, so that "a row
-# above" and "a frame ago" are soon told from their neighbours. Longer distances blur: on real media it was not better.
-WORLD_ROPE_BASE = 20.0
-
 # Dense bf16 matrix rates in TFLOP/s from the makers' data sheets, by a word of the device's name. The first word that
 # fits counts, so that the variants of a card stand before the card.
 PEAK_TFLOPS = {
@@ -653,7 +649,7 @@ def parse_arguments():
     add("--save-every", type=count, help=f"steps between checkpoints {about('save_every')}")
     add("--keep", type=count, default=1, help="checkpoints to keep: toto.pt, and with 2 or more toto-STEP.pt")
     add("--init-from", type=Path, help="start from the weights of this checkpoint (Table 4: at --resolution 256)")
-    add("--rope-base", type=positive, help="RoPE's base (default: 10,000, or that of --init-from; 50,000 in Table 4)")
+    add("--rope-base", type=positive, help="RoPE's base (default: the size's, or of --init-from; 50,000 in Table 4)")
     add("--mup", type=count, metavar="WIDTH", help="µ-parametrisation with this base width (A.5)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA only)")
     add("--shard", action="store_true", help="FSDP2 under torchrun: weights and optimizer split over the processes")
@@ -667,8 +663,6 @@ def parse_arguments():
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.size == "tiny" and args.data in (None, [data.WORLD]) and not (args.init_from or args.evaluate):
-        args.rope_base = args.rope_base or WORLD_ROPE_BASE
     return args
 
 

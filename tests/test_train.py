@@ -487,16 +487,6 @@ def test_compiled_blocks(tokens, slow, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(slow), rel=3e-3)
 
 
-@pytest.mark.parametrize("arguments, base", [
-    ("", 20), ("--data world", 20), ("--data world --rope-base 50", 50), ("--data world /", None), ("--size base", None),
-    ("--init-from x", None), ("--evaluate", None),
-])  # fmt: skip
-def test_only_tiny_on_the_world_has_another_rope_base(monkeypatch, arguments, base):
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
-    assert train.parse_arguments().rope_base == base
-    assert all(config.rope_base == 10_000 for config in toto.SIZES.values())
-
-
 def test_samples_are_of_one_kind(tmp_path, untrained_tokenizer, monkeypatch):
     """Where one video is held out beside many images, only it is continued, after the start token of videos."""
     tokens, seen = fake_tokens(tmp_path / "t", [9, *[1] * 40], grid=(2, 2)), []
