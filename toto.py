@@ -56,8 +56,9 @@ class Config:
 # printed parameter counts of Table 1, so base and large use 4 D and 1b uses LLaMA's 8/3 D rounded up to 256, which
 # rounds to all three. Table 15's counts fit no standard block; with 4 D and 8,192 codes, a1 to a6 come out 1 to 13 %
 # below them. A.5's text has widths of 64 to 1,536 and 12 to 48 layers, where the table has 256 to 1,792 and 12 to 32;
-# these are the table's. `tiny` is ours: what two CPU cores can train in minutes; with a small base all frequencies of RoPE turn fast, so that
-# "a row above" and "a frame ago" are soon told from their neighbours. Beside each, its number of parameters.
+# these are the table's. `tiny` is ours: what two CPU cores can train in minutes. With a small base all frequencies of
+# RoPE turn fast, so that "a row above" and "a frame ago" are soon told from their neighbours. Beside each, its number
+# of parameters.
 SIZES = {
     "tiny": Config(dim=128, n_heads=4, n_layers=4, hidden=384, rope_base=20.0),  # 1.90 M
     "base": Config(dim=768, n_heads=12, n_layers=12, hidden=3072),          # 119.56 M
