@@ -868,13 +868,13 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError):
-        print("error: out of memory; try a smaller --micro-batch, --batch, --samples or --frames", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         from_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not from_compiler:
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not (from_compiler or is_memory):
             raise
+        if is_memory:
+            error = "out of memory; try a smaller --micro-batch, --batch, --samples or --frames"
         if from_compiler:
             error = "torch.compile failed, for which a C++ compiler is needed ($CXX, or g++); leave out --compile"
         if isinstance(error, OSError) and error.filename:

@@ -605,6 +605,16 @@ def test_gif_and_strip_can_be_read_back(tmp_path):
 
 
 # Files, stopping and resuming, flags.
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_out_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        data.run(main)
+    assert stop.value.code == 2 and "out of memory; try a smaller" in capsys.readouterr().err
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
