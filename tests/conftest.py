@@ -24,7 +24,8 @@ PAIR = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--
 
 def run(arguments, launcher=(sys.executable,), status=0):
     """Run a program as a user does, in a process of its own."""
-    how = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300}  # one that hangs fails
+    # One that hangs fails.
+    how = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run([*launcher, *arguments], **how)
     assert done.returncode == status, done.stderr[-2000:]
     return done

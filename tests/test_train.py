@@ -723,7 +723,8 @@ def test_what_only_fills_up_is_not_scored(tmp_path, monkeypatch, capsys):
         assert result["loss"] == pytest.approx(np.mean(sum(losses, [])), rel=1e-4)
         n_frames = max(len(ids) // 6 for ids in real)
         for f, loss in enumerate(result["loss_by_frame"]):
-            assert loss == pytest.approx(np.mean([x[6 * f : 6 * f + 6] for x in losses if len(x) >= 6 * f + 6]), rel=1e-3)
+            of_frame = [x[6 * f : 6 * f + 6] for x in losses if len(x) >= 6 * f + 6]
+            assert loss == pytest.approx(np.mean(of_frame), rel=1e-3)
         assert len(result["loss_by_token"]) == 6 * n_frames
         codes = torch.cat([ids[ids > 3] for ids in real]).tolist()
         assert result["unigram_entropy"] == pytest.approx(np.log(len(codes) / 6), rel=1e-4)  # each code six times
