@@ -74,7 +74,7 @@ OPENAI = Recipe(
     steps=1_200_000, batch=512, lr=1e-4, lr_end=1.25e-6, betas=(0.9, 0.999), warm_start=0,
     anneal=150_000 / 1_200_000, kl=6.6, kl_warmup=5_000 / 1_200_000, laplace=True, ema=0.999, clip=math.inf,
 )  # fmt: skip
-# Not in the paper: what suits two cores and a minute. The squared error adds 0.5 dB to the absolute alone.
+# Not in the paper: what suits two cores and a minute.
 LAPTOP = Recipe(
     steps=1800, batch=8, lr=2e-3, lr_end=4e-5, betas=(0.9, 0.99), warm_start=0.3,
     anneal=0.75, kl=0, kl_warmup=0, laplace=False, ema=0, clip=1,
