@@ -187,18 +187,21 @@ class Toto(nn.Module):
 
     `compute_dtype` is the dtype of activations and matrix products; parameters stay in float32. `recompute` keeps only
     each block's input for the backward pass, which runs the block again: less memory, a third more products.
+
+    For §4.1's comparisons: a sequence may also be given as embeddings, a floating-point (B, T, D) in place of ids
+    (B, T), and `block` and `norm` may be those of another architecture.
     """
 
     recompute = False
 
-    def __init__(self, config, compute_dtype=torch.float32):
+    def __init__(self, config, compute_dtype=torch.float32, block=Block, norm=RMSNorm):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         # 8,196 rows are padded to 8,320, a multiple of 128, which suits matrix units; the padding enters no loss and no
         # sample. Not in the paper: input and output embeddings are tied, as the counts of Table 1 ask for.
         self.embedding = nn.Embedding(math.ceil(config.vocab_size / 128) * 128, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.norm = norm(config.dim)
         self.init_weights()
 
     def init_weights(self):
@@ -230,7 +233,8 @@ class Toto(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)
             rope = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_base)
             rope = [table.to(self.compute_dtype) for table in rope]
-        x = F.embedding(ids, self.embedding.weight).to(self.compute_dtype)  # (B, T) -> (B, T, D)
+        x = ids if ids.is_floating_point() else F.embedding(ids, self.embedding.weight)  # (B, T) -> (B, T, D)
+        x = x.to(self.compute_dtype)
         yield x
         for block, past in zip(self.blocks, pasts or [None] * len(self.blocks)):
             if self.recompute and torch.is_grad_enabled():

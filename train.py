@@ -61,8 +61,9 @@ def make_optimizer(model, lr):
     `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5, Fig. 11), 1 otherwise. A step
     shrinks a matrix by rate · decay: divided by the same number, the decay stays what it is at the base width.
     """
-    blocks, ratio = [p for p in model.blocks.parameters() if p.dim() == 2], model.config.mup_ratio
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    is_vector = lambda p: p.dim() < 2 or hasattr(p, "no_weight_decay")  # the latter in other architectures (Table 6)
+    blocks, ratio = [p for p in model.blocks.parameters() if not is_vector(p)], model.config.mup_ratio
+    vectors = [p for p in model.parameters() if is_vector(p)]
     triples = (blocks, 0.1 / ratio, ratio), ([model.embedding.weight], 0.1, 1.0), (vectors, 0.0, 1.0)
     groups = [{"params": p, "weight_decay": decay, "lr_scale": r, "lr": lr * r} for p, decay, r in triples]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)

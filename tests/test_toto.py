@@ -166,6 +166,16 @@ def test_features_are_the_residual_stream(model):
         model.features(ids, [4])
 
 
+def test_embeddings_are_taken_in_place_of_ids(model):
+    """What a patch embedding gives (Table 3): gradients reach it, and loss and features are those of the ids."""
+    ids = torch.randint(0, model.config.vocab_size, (2, 20))
+    x = model.embedding.weight[ids].detach().requires_grad_()
+    assert torch.equal(model(x), model(ids))
+    assert torch.equal(model.features(x, [2])[2], model.features(ids, [2])[2])
+    model(x, ids).backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_features_stop_at_the_deepest_layer(model):
     model.blocks[2] = None  # would raise if it were called
     assert set(model.features(random_ids(1, 5), [1, 2])) == {1, 2}
