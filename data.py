@@ -12,7 +12,7 @@ stride it was stored at. An image is a clip of one frame; everything downstream 
 token.
 
 Only the program at the end of the file loads a tokenizer; all functions are handed one, and need no more of it than
-`encode`, `fingerprint`, `config.vocab_size`, `compute_dtype` and `pixels_per_code`. The last section has what every
+`encode`, `grid`, `fingerprint`, `config.vocab_size` and `compute_dtype`. The last section has what every
 program of this project needs and no paper mentions: processes, stopping and resuming, files, errors, flags.
 Shape letters: F frames, R pixels a side, h and w codes, T tokens.
 """
@@ -55,8 +55,9 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 # The built-in world. It stands in for ImageNet and Kinetics on a laptop: its clips are drawn in milliseconds and come
 # with labels, masks and positions, so that everything that trains or measures runs without a download.
 
-# Its names as a source, moving shapes and pairs of a frame and its mask (A.8), and how many clips one trains on.
-WORLD, WORLD_MASKS, WORLD_CLIPS = "world", "world-masks", 1600
+# Its names as a source: moving shapes, pairs of a frame and its mask (A.8), and single images.
+WORLD, WORLD_MASKS, WORLD_IMAGES = "world", "world-masks", "world-images"
+WORLD_CLIPS = 1600  # how many of them one trains on; of single images, as many as frames in so many clips
 HELD_OUT = 0.05  # share of the clips of any source that is kept for validation
 SHAPES = {"I": ["1111"], "L": ["111", "100"], "S": ["011", "110"], "T": ["111", "010"]}  # of four cells each
 MOTIONS = ("up left", "up right", "down left", "down right")  # the moving object's step after the last frame
@@ -68,6 +69,7 @@ class WorldClip:
     frames: np.ndarray  # uint8 (F, R, R, 3)
     without: np.ndarray  # the same, but for the moving object
     labels: dict  # {"shape": one of SHAPES, "motion": one of MOTIONS}, of the moving object
+    resting_shape: str
     masks: np.ndarray  # bool (F, R, R): where the moving object can be seen
     objects: np.ndarray  # bool (F, R, R): where any object is
     positions: np.ndarray  # float (F, 2): its centre (x, y) in pixels, hidden or not
@@ -111,7 +113,7 @@ def world_clip(index, n_frames=16, resolution=48, seed=0):
     seen = moving & ~resting if rng.integers(2) else moving  # behind or in front
     without = np.where(resting[..., None], colours[0], ground)
     frames, labels = np.where(seen[..., None], colours[1], without), {"shape": str(shapes[1]), "motion": motion}
-    return WorldClip(frames, without, labels, seen, moving | resting, centre * resolution / 6)
+    return WorldClip(frames, without, labels, str(shapes[0]), seen, moving | resting, centre * resolution / 6)
 
 
 def world_pairs(index, n_frames=16, resolution=48):
@@ -258,12 +260,18 @@ def media_shards(root, resolution, stride):
 
 
 def world_shards(indices, resolution, n_frames=16, name=WORLD):
-    """The shards of the built-in world's clips, or of its pairs, with these indices."""
+    """The shards of the built-in world's clips, pairs or images with these indices.
+
+    One frame does not tell what moves, so an image has the resting object alone. Its shape is its class: what is there,
+    wherever it is and however it is turned, as in ImageNet.
+    """
 
     def read(index):
         if name == WORLD_MASKS:
             return {}, world_pairs(index, n_frames, resolution)
         clip = world_clip(index, n_frames, resolution)
+        if name == WORLD_IMAGES:
+            return {"shape": clip.resting_shape}, clip.without
         return clip.labels, clip.frames
 
     items = [Item(f"{name}-{n_frames}/{index:07d}", lambda index=index: read(index)) for index in indices]
@@ -307,8 +315,8 @@ def tokenize(shards, out, tokenizer, resolution, stride, crops=1, source=""):
     of this process's clips. Raises ValueError where `out` holds anything else.
     """
     out = Path(out)
-    grid = resolution // tokenizer.pixels_per_code
-    meta = {"source": str(source), "resolution": resolution, "stride": stride, "crops": crops, "grid": [grid, grid]}
+    meta = {"source": str(source), "resolution": resolution, "stride": stride, "crops": crops}
+    meta |= {"grid": tokenizer.grid(resolution)}
     meta |= {"tokenizer": tokenizer.fingerprint(), "vocab_size": tokenizer.config.vocab_size}
     meta |= {"precision": str(tokenizer.compute_dtype).removeprefix("torch.")}  # rounding may move a code in a hundred
     if (out / "meta.json").exists():
@@ -407,8 +415,7 @@ def encode_shard(items, tokenizer, resolution, crops, bar, batch_size=32):
             clips.append((item.name, labels, first, n_frames))
         bar.update()
     encode_pending()
-    grid = resolution // tokenizer.pixels_per_code
-    codes = np.concatenate([np.zeros((0, grid, grid), np.uint16), *codes])
+    codes = np.concatenate([np.zeros((0, *tokenizer.grid(resolution)), np.uint16), *codes])
     # Frame by frame, crop by crop, as they were encoded -> clip by clip; frames of skipped items fall out.
     order = [np.arange(first, last).reshape(-1, n_crops).T.ravel() for _, _, first, last in clips]
     tasks = sorted({task for _, labels, _, _ in clips for task in labels})
@@ -594,12 +601,19 @@ def is_token_folder(path):
     return meta.exists() and '"tokenizer"' in meta.read_text()
 
 
+def is_world(path):
+    """Whether a path is a name of the built-in world, and not a folder that is called so."""
+    return str(path) in (WORLD, WORLD_MASKS, WORLD_IMAGES) and not Path(path).exists()
+
+
 def shards_of(path, resolution, stride, n_frames):
-    """The shards of a path; `world` and `world-masks` stand for the built-in clips, whose frames count as kept ones.
+    """The shards of a path; is_world() names stand for the built-in clips, whose frames count as kept ones.
 
     Those have 16 frames at least, so that shorter sequences are windows of them.
     """
-    if str(path) in (WORLD, WORLD_MASKS) and not Path(path).exists():
+    if is_world(path) and str(path) == WORLD_IMAGES:
+        return world_shards(range(16 * WORLD_CLIPS), resolution, 1, WORLD_IMAGES)
+    if is_world(path):
         return world_shards(range(WORLD_CLIPS), resolution, max(n_frames, 16), str(path))
     return media_shards(path, resolution, stride)
 
@@ -795,6 +809,20 @@ def is_stop_asked(signals):
     count = torch.tensor(len(signals), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(count)
     return count.item() > 0
+
+
+def once(path, settings, work):
+    """What work() returns, kept in the JSON file `path`: a second call with the same settings reads it there."""
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    if Path(path).exists():
+        kept = json.loads(Path(path).read_text())
+        check_same(path, kept["settings"], settings, "remove it, or give another --out")
+        return kept["result"]
+    result = work()
+    if rank() == 0:
+        write_json({"settings": settings, "result": result}, path)
+    wait_for_all()
+    return result
 
 
 def resumable_steps(title, n_steps, resume=None, save=None, save_every=None, after_save=None, start=0):

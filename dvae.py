@@ -217,6 +217,10 @@ class DVAE(nn.Module):
         codes = gumbel_softmax(logits, temperature, generator).to(self.compute_dtype)
         return self.decoder(self.decoder.blocks.input(codes)), logits
 
+    def grid(self, resolution):
+        """[h, w], the codes of a frame with sides of so many pixels."""
+        return 2 * [resolution // self.pixels_per_code]
+
     @torch.no_grad()
     def encode(self, frames):
         """uint8 frames (N, H, W, 3), numpy or torch, H and W multiples of 8 -> codes int64 (N, h, w)."""

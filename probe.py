@@ -237,7 +237,7 @@ def load_sets(args, checkpoint, tokenizer):
         if args.data and not source.is_dir():
             raise ValueError(f"{source}: no such folder; --data needs train/<class>/* and val/<class>/*")
         if args.data and data.is_token_folder(source):
-            tokens, grid = data.Tokens(source), 2 * [resolution // tokenizer.pixels_per_code]
+            tokens, grid = data.Tokens(source), tokenizer.grid(resolution)
             made = {"tokenizer": checkpoint["tokenizer"], "resolution": resolution, "grid": grid, "crops": crops}
             data.check_same(source, tokens.meta, made, "a token folder keeps what it was made with")
             step = tokens.step(stride)
@@ -257,17 +257,19 @@ class Features:
     """§3.5: H_l of the asked layers, {l: (B, T, D)}, of the sequences of a set; kept if they fit in KEEP_BYTES.
 
     A frozen trunk gives the same features in every epoch, and one pass gives those of all layers. Row clip · views + i
-    is view i of a clip. Windows drawn anew in each epoch are not stored here: they go through `compute`.
+    is view i of a clip. Windows drawn anew in each epoch are not stored here: they go through `compute`. For average
+    pooling alone, the mean over tokens is taken here, (B, 1, D): far less to keep.
     """
 
     def __init__(self, model, split, layers, args, device, keep=True):
         ids = split.ids.flatten(0, 1)
         self.model, self.ids, self.layers, self.device = model, ids, layers, device
-        self.causal, self.kept = args.attention == "causal", None
-        n_bytes = ids.numel() * model.config.dim * len(layers) * model.compute_dtype.itemsize
+        self.causal, self.kept, self.is_mean = args.attention == "causal", None, set(args.pool) == {"average"}
+        shape = len(ids), 1 if self.is_mean else ids.shape[1] - 1, model.config.dim
+        dtype = torch.float32 if self.is_mean else model.compute_dtype
+        n_bytes = math.prod(shape) * len(layers) * dtype.itemsize
         if keep and n_bytes <= KEEP_BYTES and len(ids) >= data.world_size():
-            shape = len(ids), ids.shape[1] - 1, model.config.dim
-            self.kept = {l: torch.empty(shape, dtype=model.compute_dtype, device=device) for l in layers}
+            self.kept = {l: torch.empty(shape, dtype=dtype, device=device) for l in layers}
             shares = torch.arange(len(ids)).tensor_split(data.world_size())  # each process computes one
             batches = shares[data.rank()].split(args.batch)
             for rows in tqdm(batches, desc="features", unit="batch", dynamic_ncols=True, disable=data.rank() > 0):
@@ -280,7 +282,8 @@ class Features:
     @torch.no_grad()
     def compute(self, ids):
         features = self.model.features(ids.to(self.device).long(), self.layers, self.causal)
-        return {l: x[:, 1:] for l, x in features.items()}  # the start token is no visual token
+        features = {l: x[:, 1:] for l, x in features.items()}  # the start token is no visual token
+        return {l: x.float().mean(dim=1, keepdim=True) for l, x in features.items()} if self.is_mean else features
 
     def __getitem__(self, rows):
         if self.kept is None:
@@ -409,7 +412,7 @@ def train_heads(heads, features, split, settings, path, args, device, model=None
 def save_finetuned(model, tokenizer, checkpoint, args, path):
     """The trunk as a checkpoint for all programs, with the tokenizer beside it; train.py takes it by --init-from."""
     resolution = args.resolution or checkpoint["resolution"]
-    grid = 2 * [resolution // tokenizer.pixels_per_code]
+    grid = tokenizer.grid(resolution)
     plan = {"tokenizer": checkpoint["tokenizer"], "grid": grid, "frames": checkpoint["frames"]}
     weights = {name: p.cpu() for name, p in model.state_dict().items()}
     changed = {"model": weights, "optimizer": {}, "config": asdict(model.config), "resolution": resolution}
@@ -450,6 +453,14 @@ def wilson(share, n, z=1.96):
     """The 95 % confidence interval of a share that was seen in n trials (Wilson, 1927)."""
     centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (centre - spread) / (1 + z * z / n)), (centre + spread) / (1 + z * z / n)
+
+
+def over_seeds(values):
+    """(mean, low, high) of what a few runs gave that differ in their seeds: Student's 95 % confidence interval."""
+    quantiles = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # for 1, 2, … 10 runs or more
+    mean, n = float(np.mean(values)), len(values)
+    half = quantiles[min(n, 10) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return mean, mean - half, mean + half
 
 
 def print_table(results, classes, n_layers):

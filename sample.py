@@ -64,8 +64,7 @@ def read_prompts(args, checkpoint, n_clips):
 def encode_prompts(tokenizer, truth, n_given, device):
     """The codes (B, F, h, w) of the given frames; says how well the tokenizer knows such pictures."""
     if not n_given:
-        grid = truth.shape[2] // tokenizer.pixels_per_code
-        return torch.zeros(len(truth), 0, grid, grid, dtype=torch.long, device=device)
+        return torch.zeros(len(truth), 0, *tokenizer.grid(truth.shape[2]), dtype=torch.long, device=device)
     prompt = torch.stack([tokenizer.encode(clip) for clip in truth[:, :n_given]])
     kept = psnr(np.stack([tokenizer.decode(codes).cpu().numpy() for codes in prompt]), truth[:, :n_given])
     warning = ": little; it was trained too briefly, or on other things" if kept < 18 else ""

@@ -63,8 +63,9 @@ def make_optimizer(model, lr):
     """
     is_vector = lambda p: p.dim() < 2 or hasattr(p, "no_weight_decay")  # the latter in other architectures (Table 6)
     blocks, ratio = [p for p in model.blocks.parameters() if not is_vector(p)], model.config.mup_ratio
+    others = [p for p in model.parameters() if not is_vector(p) and all(p is not q for q in blocks)]  # the embedding
     vectors = [p for p in model.parameters() if is_vector(p)]
-    triples = (blocks, 0.1 / ratio, ratio), ([model.embedding.weight], 0.1, 1.0), (vectors, 0.0, 1.0)
+    triples = (blocks, 0.1 / ratio, ratio), (others, 0.1, 1.0), (vectors, 0.0, 1.0)
     groups = [{"params": p, "weight_decay": decay, "lr_scale": r, "lr": lr * r} for p, decay, r in triples]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -123,6 +124,22 @@ def distribute(model, args, device):
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     return model
+
+
+def fit(model, read_batch, args, device, path, settings, title):
+    """§3.2's method and nothing else, for any model with a loss: what the scripts of paper/ train by.
+
+    read_batch(step) gives this process's share. The state is kept in `path`, from which the same settings resume.
+    """
+    trained, optimizer = distribute(model, args, device), make_optimizer(model, args.lr)
+    file = data.state_file(path, {"model": model, "optimizer": optimizer}, settings)
+    for step, bar in data.resumable_steps(title, args.steps, **file):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * group["lr_scale"]
+        loss, grad_norm = take_step(trained, optimizer, read_batch(step), args.micro_batch, device).tolist()
+        if not math.isfinite(loss + grad_norm):
+            raise ValueError(f"{title}, step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}; lower --lr")
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
 
 def train(args, device):
@@ -317,9 +334,9 @@ def diverged(run, step, loss, grad_norm):
 def parse_spec(spec):
     """PATH or PATH=WEIGHT -> [path, weight]. Not in the paper: sources without a weight get 1."""
     path, _, weight = spec.rpartition("=")
-    if spec in (data.WORLD, data.WORLD_MASKS) or Path(spec).exists():
+    if data.is_world(spec) or Path(spec).exists():
         return [spec, 1.0]  # no weight, or a path with "=" in it
-    if not path or not Path(path).exists() and path not in (data.WORLD, data.WORLD_MASKS):
+    if not path or not (Path(path).exists() or data.is_world(path)):
         raise ValueError(f"{path or spec}: no such file or folder")
     try:
         weight = float(weight)

@@ -396,7 +396,8 @@ def test_uneven_timestamps_keep_their_frames(tmp_path):
 class RedOfTheCorner:
     """All that data.py asks of a tokenizer: here a code is the red of the first of its 8 x 8 pixels."""
 
-    config, compute_dtype, pixels_per_code = SimpleNamespace(vocab_size=256), torch.float32, 8
+    config, compute_dtype, grid = SimpleNamespace(vocab_size=256), torch.float32, dvae.DVAE.grid
+    pixels_per_code = 8
 
     def encode(self, frames):
         return torch.as_tensor(frames[:, ::8, ::8, 0]).long()
@@ -583,6 +584,33 @@ def test_no_motion_of_the_world_comes_round_within_16_frames():
     for index in range(200):
         x = data.world_clip(index).positions
         assert not any((x[lag:] == x[:-lag]).all() for lag in range(1, 13))  # what is left may be too short to tell
+
+
+def test_the_class_of_a_world_image_is_its_shape():
+    """An image has one object, whole, in one of four turns: the class could always be known, and pixels alone decide."""
+    turns = {}
+    for name, rows in data.SHAPES.items():
+        piece = np.array([[cell == "1" for cell in row] for row in rows])
+        for k in range(4):
+            turns[np.rot90(piece, k).tobytes(), np.rot90(piece, k).shape] = name
+    items, ground, counts = sum(data.world_shards(range(400), 24, 1, data.WORLD_IMAGES), []), data.world_ground(24), {}
+    for item in items:
+        labels, (frame,) = item.read()
+        cells = (abs(frame - ground).max(axis=-1) > 1).reshape(6, 4, 6, 4).all(axis=(1, 3))
+        piece = cells[cells.any(axis=1)][:, cells.any(axis=0)]
+        assert cells.sum() == 4 and turns[piece.tobytes(), piece.shape] == labels["shape"]
+        counts[labels["shape"]] = counts.get(labels["shape"], 0) + 1
+    assert set(counts) == set(data.SHAPES) and min(counts.values()) > 70
+    assert data.shards_of(data.WORLD_IMAGES, 48, 4, 8)[0][0].name == items[0].name
+
+
+def test_once_does_its_work_once(tmp_path):
+    path, calls = tmp_path / "a/x.json", []
+    work = lambda: calls.append(1) or {"a": [1, 2.5]}
+    assert data.once(path, {"steps": (1, 2)}, work) == data.once(path, {"steps": [1, 2]}, work) == {"a": [1, 2.5]}
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="its steps is"):
+        data.once(path, {"steps": 3}, work)
 
 
 def test_the_ground_of_the_world_says_where_it_is():

@@ -495,6 +495,26 @@ def test_new_weights_and_new_labels_are_probed_anew(setting):
         assert not torch.equal(state["norm.mean"], heads[name]["norm.mean"])
 
 
+def test_interval_over_seeds():
+    """Against a table of Student's t: the mean of 1, 2 and 3 (s = 1) lies within 4.303 / √3 of 2."""
+    assert probe.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
+    assert probe.over_seeds([1.0, 3.0]) == pytest.approx((2, 2 - 12.706, 2 + 12.706), abs=1e-3)
+    assert probe.over_seeds([5.0]) == (5, -float("inf"), float("inf"))
+
+
+def test_means_that_are_kept_are_those_of_all_tokens():
+    """For average pooling alone only the mean over a clip's tokens is kept: the same pooled vectors, without the start."""
+    model = toto.Toto(toto.Config(dim=D, n_heads=H, n_layers=2, hidden=48, vocab_size=70)).eval()
+    split = SimpleNamespace(ids=torch.randint(4, 70, (6, 1, 1 + 10), dtype=torch.int16))
+    kept = {}
+    for pools in (["average"], ["attention", "average"]):
+        args = SimpleNamespace(pool=pools, attention="causal", batch=4)
+        kept[len(pools)] = probe.Features(model, split, [0, 2], args, torch.device("cpu"))[torch.arange(6)]
+    for l in (0, 2):
+        assert kept[1][l].shape == (6, 1, D) and kept[2][l].shape == (6, 10, D)
+        torch.testing.assert_close(kept[1][l], kept[2][l].mean(dim=1, keepdim=True))
+
+
 def test_wilson_interval():
     """Against values of Wilson's formula in Brown, Cai and DasGupta (2001): 5 of 10, and none of 10."""
     assert probe.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
