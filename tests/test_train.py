@@ -639,6 +639,33 @@ def test_mup_against_microsofts(dim):
     torch.testing.assert_close(toto.attend(q, k, v, False, model.config.mup_ratio), attended)
 
 
+def test_fit_resumes_exactly(tmp_path, monkeypatch):
+    """The bare loop of paper/'s scripts: stopped by a signal after 3 steps of 6, it ends with the same bits."""
+    args = SimpleNamespace(lr=1e-2, warmup=1, steps=6, micro_batch=2, recompute=False, compile=False, shard=False)
+    batches = torch.randint(4, 40, (6, 4, 9), generator=torch.Generator().manual_seed(0))
+
+    def weights(path, stop_at=None):
+        torch.manual_seed(0)
+        model = toto.Toto(toto.Config(dim=32, n_heads=4, n_layers=2, hidden=48, vocab_size=40))
+
+        def read_batch(step):
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batches[step]
+
+        train.fit(model, read_batch, args, torch.device("cpu"), path, {"steps": 6}, "small")
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = weights(tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt):
+        weights(tmp_path / "b.pt", stop_at=2)
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["step"] == 3
+    assert torch.equal(weights(tmp_path / "b.pt"), whole)
+    monkeypatch.setattr(train, "take_step", lambda *inputs: torch.tensor([float("nan"), 1.0]))
+    with pytest.raises(ValueError, match="small, step 1: the loss is nan"):
+        weights(tmp_path / "c.pt")
+
+
 def test_schedule():
     """§3.2: warm-up to the peak, then a cosine, here down to a tenth."""
 
