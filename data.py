@@ -57,7 +57,7 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 
 # Its names as a source: moving shapes, pairs of a frame and its mask (A.8), and single images.
 WORLD, WORLD_MASKS, WORLD_IMAGES = "world", "world-masks", "world-images"
-WORLD_CLIPS = 1600  # how many of them one trains on; of single images, as many as frames in so many clips
+WORLD_CLIPS = 1600  # how many of them one trains on; of single images, four times as many
 HELD_OUT = 0.05  # share of the clips of any source that is kept for validation
 SHAPES = {"I": ["1111"], "L": ["111", "100"], "S": ["011", "110"], "T": ["111", "010"]}  # of four cells each
 MOTIONS = ("up left", "up right", "down left", "down right")  # the moving object's step after the last frame
@@ -612,7 +612,7 @@ def shards_of(path, resolution, stride, n_frames):
     Those have 16 frames at least, so that shorter sequences are windows of them.
     """
     if is_world(path) and str(path) == WORLD_IMAGES:
-        return world_shards(range(16 * WORLD_CLIPS), resolution, 1, WORLD_IMAGES)
+        return world_shards(range(4 * WORLD_CLIPS), resolution, 1, WORLD_IMAGES)
     if is_world(path):
         return world_shards(range(WORLD_CLIPS), resolution, max(n_frames, 16), str(path))
     return media_shards(path, resolution, stride)

@@ -684,6 +684,44 @@ def parse_arguments():
     return args
 
 
+def parse_study(parser, out, steps):
+    """The arguments of a script of paper/ that pre-trains on images (§4.1), with the flags that all of them have.
+
+    §4.1 trains `large` on ImageNet-1k for 400 epochs: 1,281,167 images · 400 / (256 sequences of 16) steps.
+    """
+    add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
+    about = lambda name, tiny: f"(default: {PAPER[name]:,}, or {tiny:,} for tiny)"
+    add("--data", default=data.WORLD_IMAGES, help="folder of images to pre-train on, or the built-in ones")
+    add("--probe", help="folder with train/<class>/* and val/<class>/* (default: the built-in images)")
+    add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: out/dvae.pt, or of --data that in --out)")
+    add("--size", default="tiny", choices=toto.SIZES, help="tiny for a laptop; §4.1 has large")
+    add("--resolution", type=dvae.frame_side, help=f"side of the images in pixels {about('resolution', 48)}")
+    add("--steps", type=count, help=f"optimizer steps of each run (default: 125,113, or {steps} for tiny)")
+    add("--seeds", type=count, default=3, help="runs of each kind, from --seed on")
+    add("--batch-tokens", type=count, help=f"tokens in a step, of all processes {about('batch_tokens', 1024)}")
+    add("--micro-batch", type=count, default=4, help="sequences in one forward pass of one process")
+    add("--lr", type=positive, help=f"peak learning rate {about('lr', 0.003)}")
+    add("--out", default=out, type=data.output_folder, help="folder for results, states of runs, and cached tokens")
+    args = parser.parse_args()
+    defaults = LAPTOP | {"steps": steps} if args.size == "tiny" else PAPER | {"steps": 125_113}
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name, None) or value)
+    if args.probe is None and not data.is_world(args.data):
+        raise ValueError("--data needs --probe, a folder with train/<class>/* and val/<class>/*")
+    for folder in [Path(args.probe) / split for split in ("train", "val")] if args.probe else []:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; --probe needs train/<class>/* and val/<class>/*")
+    args.shard, args.recompute, args.stride = False, False, 4
+    return args
+
+
+def study_tokenizer(args, device):
+    """--tokenizer, or the small dVAE of `python train.py`, or one of --data in --out, trained first if it is missing."""
+    is_world = data.is_world(args.data)
+    args = argparse.Namespace(**vars(args) | {"out": Path("out") if is_world else args.out})
+    return prepare_tokenizer(args, [[data.WORLD if is_world else args.data, 1.0]], device)
+
+
 def main():
     args = parse_arguments()
     if args.export:
