@@ -1,0 +1,300 @@
+"""Table 6 (§4.1): which architecture? LLaMA beside GPT-2, with absolute sine-cosine positions, and Mamba.
+
+LLaMA is toto.py. The other two are here, each a `toto.Toto` with other blocks, so that embedding, loss, features and
+training stay the same. `of_equal_size` gives each the width at which it has as many parameters as a LLaMA.
+
+    GPT2, GPT2Block      Radford et al. (2019), with the positions of Vaswani et al. (2017)
+    Mamba, MambaBlock    Gu & Dao (2023), and its selective scan in plain torch
+    benchmark            time and memory of a training step of Mamba and LLaMA, by length of the sequence
+
+Shape letters are those of toto.py; for Mamba also E = 2 D channels, N = 16 numbers of state for each, R the rank of Δ.
+"""
+
+import math
+import multiprocessing
+import re
+import sys
+import time
+from bisect import bisect_left
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
+
+import data
+import toto
+import train
+
+
+# GPT-2
+class BiasedLinear(toto.Linear):
+    """toto.Linear with a bias, 0 at the start: what GPT-2 has everywhere and LLaMA nowhere."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(variance + 1e-5) · weight + bias, in the dtype of x."""
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class GPT2Block(nn.Module):
+    """One layer of GPT-2. Eq. 3 and 4 hold as in LLaMA, with LayerNorm, GELU, biases, and no positions in attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.n_heads = config.dim, config.n_heads
+        self.attention_norm, self.mlp_norm = LayerNorm(D), LayerNorm(D)
+        self.qkv, self.attention_out = BiasedLinear(D, 3 * D), BiasedLinear(D, D)
+        self.up, self.mlp_out = BiasedLinear(D, config.hidden), BiasedLinear(config.hidden, D)
+
+    def forward(self, x, rope, causal=True, past=None):
+        """x (B, T, D) -> (B, T, D). `rope` is empty, and `past` is None: see GPT2."""
+        # Ĥ = H + MHSA(LayerNorm(H))
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        x = x + self.attention_out(toto.attend(q, k, v, causal).transpose(1, 2).flatten(2))  # -> (B, T, D)
+        # H' = Ĥ + W₂ GELU(W₁ LayerNorm(Ĥ)), with the tanh form of GELU
+        return x + self.mlp_out(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+
+
+def sine_cosine(n_tokens, dim, device=None):
+    """The positions of Vaswani et al. (2017), (T, D): sines in the even columns, cosines in the odd ones.
+
+    Columns 2i and 2i + 1 at position p are sin and cos of p · 10000^(-2i / D); p is the index in the flat sequence.
+    """
+    frequencies = 10_000 ** (-torch.arange(0, dim, 2, device=device) / dim)  # (D/2,)
+    angles = torch.arange(n_tokens, device=device)[:, None] * frequencies  # (T, D/2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (T, D/2, 2) -> (T, D)
+
+
+class GPT2(toto.Toto):
+    """GPT-2 with fixed sine-cosine positions, which are added to the tokens' embeddings once, before the first block.
+
+    It starts as toto.Toto does, which took that from GPT-2.
+    """
+
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__(config, compute_dtype, block=GPT2Block, norm=LayerNorm)
+
+    def residual_stream(self, ids, causal=True):  # no `rope` and no `pasts`: it is not made to generate with a Cache
+        x = ids if ids.is_floating_point() else F.embedding(ids, self.embedding.weight)  # (B, T) -> (B, T, D)
+        # Not in the paper: sines reach 1, where the embeddings start at 0.02. Vaswani et al. multiply the embeddings
+        # by √D; we shrink the table, so that both start with the same mean square, as GPT-2's two embeddings do.
+        positions = 0.02 * math.sqrt(2) * sine_cosine(x.shape[1], x.shape[2], x.device)
+        yield from super().residual_stream(x + positions, causal, rope=())
+
+
+# Mamba
+class SelectiveScan(torch.autograd.Function):
+    """Mamba's recurrence. For each channel e and each number n of its state, with v_t = Δ_t x_t:
+
+        h_t = exp(Δ_t A) h_{t-1} + B_t v_t        (Gu & Dao, 2023, Eq. 2a, discretised as their code does)
+        y_t = Σ_n C_t h_t                         (Eq. 2b)
+
+    v, Δ (B, T, E), A (N, E), B_t and C_t (B, T, N) -> y (B, T, E).
+
+    All states, (T, B, N, E), would be by far the largest tensor of a step. They are made in chunks of 32 tokens, which
+    stay in a processor's cache; only the state before each chunk is kept, and the backward pass makes the others again.
+    It is written out because it is 2.4 times as fast as autograd's through checkpointed chunks, forward and backward.
+    A GPU would want one kernel for all of it: here it starts three a token and layer, which takes its time.
+    """
+
+    CHUNK = 32
+
+    @staticmethod
+    def states(h, v, delta, A, B_t):
+        """The decays exp(Δ_t A) (t, B, N, E) and the states (t + 1, B, N, E) of a chunk; the first is h, before it."""
+        # exp(x) = 2^(x · log2 e), which torch computes three times as fast on a CPU.
+        decay = (delta[:, :, None] * (A * math.log2(math.e))).exp2_()
+        states = h.new_empty(len(v) + 1, *h.shape)
+        states[0] = h
+        torch.mul(B_t[..., None], v[:, :, None], out=states[1:])  # (t, B, N, 1) · (t, B, 1, E)
+        rows = states.unbind()
+        for before, now, a in zip(rows, rows[1:], decay.unbind()):
+            now.addcmul_(a, before)  # h_t = B_t v_t + exp(Δ_t A) h_{t-1}
+        return decay, states
+
+    @staticmethod
+    def chunks(*tensors):
+        """Each (B, T, …) -> chunks (t, B, …): time comes first, so that what belongs to a moment lies together."""
+        return list(zip(*(x.transpose(0, 1).contiguous().split(SelectiveScan.CHUNK) for x in tensors)))
+
+    @staticmethod
+    def forward(ctx, v, delta, A, B_t, C_t):
+        h, starts, out = v.new_zeros(len(v), *A.shape), [], []
+        for v_part, delta_part, B_part, C_part in SelectiveScan.chunks(v, delta, B_t, C_t):
+            starts.append(h)
+            states = SelectiveScan.states(h, v_part, delta_part, A, B_part)[1]
+            out.append((C_part[:, :, None] @ states[1:])[:, :, 0])  # (t, B, 1, N) @ (t, B, N, E) -> (t, B, E)
+            h = states[-1].clone()  # a copy: the chunk's other states are given up
+        ctx.save_for_backward(v, delta, A, B_t, C_t, *starts)
+        return torch.cat(out).transpose(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        v, delta, A, B_t, C_t, *starts = ctx.saved_tensors
+        carried, grad_A, grads = torch.zeros_like(starts[0]), torch.zeros_like(A), []
+        parts = zip(starts, SelectiveScan.chunks(v, delta, B_t, C_t, grad_y))
+        for h, (v, delta, B_t, C_t, dy) in reversed(list(parts)):
+            decay, states = SelectiveScan.states(h, v, delta, A, B_t)
+            # With G_t for ∂L/∂h_t: G_t = C_t ∂L/∂y_t + exp(Δ_{t+1} A) G_{t+1}, the recurrence backwards.
+            grad = C_t[..., None] * dy[:, :, None]  # (t, B, N, E)
+            rows, decays = grad.unbind(), decay.unbind()
+            rows[-1].add_(carried)
+            for t in reversed(range(len(rows) - 1)):
+                rows[t].addcmul_(decays[t + 1], rows[t + 1])
+            carried = decays[0] * rows[0]
+            # ∂L/∂v_t = Σ_n B_t G_t,  ∂L/∂B_t = Σ_e v_t G_t,  ∂L/∂C_t = Σ_e h_t ∂L/∂y_t
+            grad_v, grad_B = (B_t[:, :, None] @ grad)[:, :, 0], (v[:, :, None] @ grad.mT)[:, :, 0]
+            grad_C = (dy[:, :, None] @ states[1:].mT)[:, :, 0]
+            # ∂L/∂(Δ_t A) = G_t exp(Δ_t A) h_{t-1}: summed over n with A for Δ, over batch and time with Δ for A
+            grad.mul_(decay).mul_(states[:-1])
+            grad_delta = torch.mul(grad, A, out=decay).sum(dim=2)
+            grad_A += grad.mul_(delta[:, :, None]).sum(dim=(0, 1))
+            grads.append((grad_v, grad_delta, grad_B, grad_C))
+        grad_v, grad_delta, grad_B, grad_C = (torch.cat(parts[::-1]).transpose(0, 1) for parts in zip(*grads))
+        return grad_v, grad_delta, grad_A, grad_B, grad_C
+
+
+class MambaBlock(nn.Module):
+    """One layer of Mamba, with the names, sizes and initial values of Gu & Dao's code."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, E, N, R = config.dim, 2 * config.dim, 16, math.ceil(config.dim / 16)
+        self.norm, self.sizes = toto.RMSNorm(D), (R, N, N)
+        self.in_proj = toto.Linear(D, 2 * E)  # x and its gate z
+        self.conv1d = nn.Conv1d(E, E, kernel_size=4, groups=E, padding=3)
+        self.x_proj = toto.Linear(E, R + 2 * N)  # what makes the scan selective: Δ, B and C depend on the token
+        self.dt_proj = nn.Linear(R, E)
+        self.out_proj = toto.Linear(E, D)
+        nn.init.uniform_(self.dt_proj.weight, -(R**-0.5), R**-0.5)
+        # Δ starts log-uniform between 0.001 and 0.1; this is the inverse of softplus.
+        delta = torch.exp(torch.empty(E).uniform_(math.log(1e-3), math.log(0.1)))
+        self.dt_proj.bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # (E, N): A = -1 … -16 in each channel
+        self.D = nn.Parameter(torch.ones(E))
+        self.A_log.no_weight_decay = self.D.no_weight_decay = True  # for train.make_optimizer
+
+    def forward(self, x, rope, causal=True, past=None):
+        """x (B, T, D) -> (B, T, D). `rope` and `past` belong to attention."""
+        if not causal:
+            raise ValueError("Mamba reads in one direction only; causal=False is for the other architectures")
+        residual, dtype = x, x.dtype
+        x, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # (B, T, E) each
+        # Errors add up over time: from here to y in float32.
+        # x_t = SiLU(bias + Σ_i w_i x_{t-3+i}), channel by channel. Four products: F.conv1d's backward pass is slow here.
+        past, w = F.pad(x.float(), (0, 0, 3, 0)), self.conv1d.weight[:, 0]  # (B, 3 + T, E), (E, 4)
+        x = F.silu(sum((w[:, i] * past[:, i : i + x.shape[1]] for i in range(4)), self.conv1d.bias))
+        # Δ_t = softplus(W x_t + bias), B_t and C_t = W x_t
+        delta, B_t, C_t = self.x_proj(x.to(dtype)).float().split(self.sizes, dim=-1)  # (B, T, R), (B, T, N) twice
+        delta, A = F.softplus(self.dt_proj(delta)), -torch.exp(self.A_log.T).contiguous()  # (B, T, E), (N, E)
+        # y_t = C_t h_t + D x_t, then H' = H + W (y · SiLU(z))
+        y = SelectiveScan.apply(delta * x, delta, A, B_t, C_t) + self.D * x
+        return residual + self.out_proj(y.to(dtype) * F.silu(z))
+
+
+class Mamba(toto.Toto):
+    """Mamba in place of the transformer: RMSNorm and a MambaBlock in each layer, no attention, no positions."""
+
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__(config, compute_dtype, block=MambaBlock)
+
+    def init_weights(self):
+        """From Gu & Dao's code: N(0, 0.02) for embeddings; torch's own, uniform ± 1 / √n_in, for what MambaBlock leaves,
+        and the projections that write into the residual stream smaller by √L."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        bound = (2 * self.config.dim * self.config.n_layers) ** -0.5
+        for block in self.blocks:
+            nn.init.uniform_(block.out_proj.weight, -bound, bound)
+
+    def residual_stream(self, ids, causal=True):  # as in GPT2: not made to generate with a Cache
+        yield from super().residual_stream(ids, causal, rope=())
+
+
+# Equal sizes
+def of_equal_size(build, config):
+    """The config with which `build`, GPT2 or Mamba, has about as many parameters as a LLaMA with `config`.
+
+    Only the width is chosen. GPT-2 keeps layers and heads, and its MLP is 4 D wide. Mamba has two layers for one of a
+    transformer's, since each of its blocks is about half of an attention and an MLP (Gu & Dao, §3.4).
+    """
+    if build is Mamba:
+        step, changes = 4, lambda D: {"n_layers": 2 * config.n_layers, "hidden": 2 * D}
+    else:
+        step, changes = math.lcm(2, config.n_heads), lambda D: {"hidden": 4 * D}
+    of_width = lambda D: replace(config, dim=D, **changes(D))
+
+    def count(build, config):
+        with torch.device("meta"):  # shapes without memory
+            return build(config).count_parameters()
+
+    widths, target = range(step, 2 * config.dim + 1, step), count(toto.Toto, config)
+    i = bisect_left(widths, target, key=lambda D: count(build, of_width(D)))  # the narrowest with at least as many
+    return min(map(of_width, widths[max(i - 1, 0) : i + 1]), key=lambda c: abs(count(build, c) - target))
+
+
+# Time and memory by length
+def benchmark(config, device, lengths=(1024, 4096)):
+    """A training step on one sequence of each length: a row {model, tokens, seconds, bytes} for LLaMA and for Mamba.
+
+    `config` is LLaMA's; Mamba gets as many parameters. Each row comes from a process of its own, so that none finds
+    memory that another has left behind.
+    """
+    rows = []
+    for build, c in ((toto.Toto, config), (Mamba, of_equal_size(Mamba, config))):
+        for n_tokens in lengths:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, n_bytes = pool.apply(measure_step, (build, c, device, n_tokens, torch.get_num_threads()))
+            rows.append({"model": build.__name__, "tokens": n_tokens, "seconds": seconds, "bytes": n_bytes})
+    return rows
+
+
+def measure_step(build, config, device, n_tokens, n_threads):
+    """The best of three steps' seconds, and the most bytes held in them beyond weights, gradients and moments."""
+    torch.set_num_threads(n_threads)
+    data.keep_freed_memory()  # as train.py does
+    model = build(config, data.fast_dtype(device)).to(device)
+    optimizer = train.make_optimizer(model, lr=1e-4)
+
+    def step(n_tokens):
+        started = time.perf_counter()
+        ids = torch.randint(toto.FIRST_CODE, config.vocab_size, (1, n_tokens + 1))
+        train.take_step(model, optimizer, ids, 1, device).tolist()  # waits for the GPU
+        return time.perf_counter() - started
+
+    step(16)  # makes the moments, and loads what torch loads at first use
+    before = held_bytes(device, "VmRSS")
+    seconds = min(step(n_tokens) for _ in range(3))
+    return seconds, held_bytes(device, "VmHWM") - before
+
+
+def held_bytes(device, what):
+    """Bytes of memory in use now ("VmRSS"), or the most so far ("VmHWM"); nan on a CPU without Linux's /proc.
+
+    train.peak_memory would do for the most, but Linux starts that count from what the parent process had used.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if what == "VmHWM" else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", status.read_text())[1]) if status.exists() else math.nan
+
+
+def print_benchmark(rows):
+    print(f"{'model':8}{'tokens':>8}{'ms/step':>10}{'tokens/s':>10}{'MiB':>8}")
+    for row in rows:
+        ms, speed, memory = 1e3 * row["seconds"], row["tokens"] / row["seconds"], row["bytes"] / 2**20
+        print(f"{row['model']:8}{row['tokens']:8,}{ms:10,.0f}{speed:10,.0f}{memory:8,.0f}")
