@@ -39,24 +39,25 @@ def random_ids(*shape):
     return torch.randint(0, 70, shape, generator=torch.Generator().manual_seed(1))
 
 
-def check_against(theirs, model, names, transposed, ids):
-    """Give theirs the weights of our model, whose `names` it has, and compare logits, loss and gradients."""
-    weights = dict(model.named_parameters())
-    theirs = theirs.float().eval()
-    state, of_theirs = theirs.state_dict(), dict(theirs.named_parameters())
+def check_against(run, theirs, model, names, transposed, ids):
+    """Give theirs the weights of our model, by `names` {ours: theirs}, and compare what it makes of ids, and gradients.
+
+    All of both models' parameters are compared; those `transposed` are stored the other way round.
+    """
+    weights, of_theirs = dict(model.named_parameters()), dict(theirs.eval().named_parameters())
+    assert set(names) == set(weights) and set(of_theirs) - set(names.values()) <= {"transformer.wpe.weight"}
     for our_name, their_name in names.items():
-        ours = weights[our_name][: state[their_name].shape[0]] if our_name == "embedding.weight" else weights[our_name]
+        ours = weights[our_name][:70] if our_name == "embedding.weight" else weights[our_name]  # without its padding
         with torch.no_grad():
             of_theirs[their_name].copy_(ours.t() if their_name.endswith(transposed) else ours)
-    assert set(weights) == set(names)
-    logits = theirs(ids).logits
+    logits = run(ids).logits
     torch.testing.assert_close(model(ids), logits, atol=1e-5, rtol=1e-5)
     outer = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     (logits * outer).sum().backward()
     (model(ids) * outer).sum().backward()
     for our_name, their_name in names.items():
         ours, expected = weights[our_name].grad, of_theirs[their_name].grad
-        ours = ours[: len(expected)] if our_name == "embedding.weight" else ours
+        ours = ours[:70] if our_name == "embedding.weight" else ours
         expected = expected.t() if their_name.endswith(transposed) else expected
         assert (ours - expected).norm() / expected.norm() < 1e-4, our_name
 
@@ -67,7 +68,7 @@ def test_gpt2_equals_hugging_face():
     model, c = make(table6.GPT2), CONFIGS[table6.GPT2]
     how = {"n_positions": 50, "n_embd": c.dim, "n_layer": c.n_layers, "n_head": c.n_heads, "vocab_size": c.vocab_size}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**how))
-    theirs.transformer.wpe.weight.data = 0.02 * math.sqrt(2) * table6.sine_cosine(50, c.dim)
+    theirs.transformer.wpe.weight.data = table6.sine_cosine(50, c.dim)
     names = {"embedding.weight": "transformer.wte.weight"}
     parts = {"attention_norm": "ln_1", "mlp_norm": "ln_2", "qkv": "attn.c_attn", "attention_out": "attn.c_proj"}
     parts |= {"up": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
@@ -76,7 +77,8 @@ def test_gpt2_equals_hugging_face():
         for i in range(c.n_layers):
             names |= {f"blocks.{i}.{a}.{kind}": f"transformer.h.{i}.{b}.{kind}" for a, b in parts.items()}
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs are stored (in, out)
-    check_against(theirs, model, names, transposed, random_ids(2, 50))
+    embed = lambda ids: math.sqrt(c.dim) * theirs.transformer.wte(ids)
+    check_against(lambda ids: theirs(inputs_embeds=embed(ids)), theirs, model, names, transposed, random_ids(2, 50))
 
 
 def test_sine_cosine_positions():
@@ -85,11 +87,9 @@ def test_sine_cosine_positions():
         angle = p / 10_000 ** (2 * i / 64)
         assert table[p, 2 * i].item() == pytest.approx(math.sin(angle), abs=2e-5)
         assert table[p, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=2e-5)
-    # At the start a model's positions and its tokens have the same mean square.
-    model = table6.GPT2(replace(CONFIGS[table6.GPT2], dim=256))
+    model, ids = make(table6.GPT2), random_ids(1, 300)
     with torch.no_grad():
-        tokens, x = model.embedding(random_ids(1, 300)), model.features(random_ids(1, 300), [0])[0]
-    assert (x - tokens).square().mean().item() == pytest.approx(tokens.square().mean().item(), rel=0.05)
+        torch.testing.assert_close(model.features(ids, [0])[0], 8 * model.embedding(ids) + table)  # 8 = √64
 
 
 @pytest.mark.parametrize("n_tokens", [7, 75])  # less than a chunk, and no multiple of one
@@ -102,7 +102,7 @@ def test_mamba_equals_hugging_face(n_tokens):
     for name, _ in model.blocks[0].named_parameters():
         theirs_name = name if name == "norm.weight" else f"mixer.{name}"
         names |= {f"blocks.{i}.{name}": f"backbone.layers.{i}.{theirs_name}" for i in range(c.n_layers)}
-    check_against(theirs, model, names, (), random_ids(2, n_tokens))
+    check_against(theirs, theirs, model, names, (), random_ids(2, n_tokens))
 
 
 def recurrence(v, delta, A, B_t, C_t):
