@@ -659,6 +659,18 @@ def write_strip(path, rows, n_prompt):
         Image.fromarray(np.concatenate(columns, axis=1)).save(file, format="PNG")
 
 
+def pyplot():
+    """matplotlib's, which the scripts of paper/ draw by, into files: on machines without a screen too."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("matplotlib is missing; pip install -r paper/requirements.txt") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 # What every program needs.
 def rank():
     """This process's number among those that torchrun started; 0 where there is one alone."""

@@ -520,7 +520,7 @@ def linear_probe(x, y, x_val, y_val, n_classes):
 
 
 def linear_probes(model, sets, device):
-    """§3.5's linear probe at every layer: [top-1 of layer 0, 1, … L], learned from the first of two sets of one task."""
+    """§3.5's linear probes of all layers: [top-1 of layer 0, 1, … L], learned from the first of two sets of a task."""
     ((task, names),) = sets[0].classes.items()
     y, y_val = (split.labels[task].to(device) for split in sets)
     of_layers = zip(*(mean_features(model, split, device) for split in sets))

@@ -716,7 +716,7 @@ def parse_study(parser, out, steps):
 
 
 def study_tokenizer(args, device):
-    """--tokenizer, or the small dVAE of `python train.py`, or one of --data in --out, trained first if it is missing."""
+    """--tokenizer, or that of `python train.py`, or one of --data in --out; a small dVAE, trained first if missing."""
     is_world = data.is_world(args.data)
     args = argparse.Namespace(**vars(args) | {"out": Path("out") if is_world else args.out})
     return prepare_tokenizer(args, [[data.WORLD if is_world else args.data, 1.0]], device)

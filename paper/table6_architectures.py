@@ -1,11 +1,14 @@
-"""Table 6 (§4.1): which architecture? LLaMA beside GPT-2, with absolute sine-cosine positions, and Mamba.
+"""Table 6 (§4.1): does the architecture matter? GPT-2, with absolute sine-cosine positions, Mamba and LLaMA.
+
+    python paper/table6_architectures.py               on images of the built-in world, under 20 minutes on two cores
+    python paper/table6_architectures.py --data IMAGES --probe FOLDER        on your own; FOLDER as for probe.py
+    torchrun --nproc_per_node=8 paper/table6_architectures.py --size large --data IMAGES --probe FOLDER
+    python paper/table6_architectures.py --benchmark   a training step of Mamba and LLaMA at 1,024 and 4,096 tokens
 
 LLaMA is toto.py. The other two are here, each a `toto.Toto` with other blocks, so that embedding, loss, features and
-training stay the same. `of_equal_size` gives each the width at which it has as many parameters as a LLaMA.
-
-    GPT2, GPT2Block      Radford et al. (2019), with the positions of Vaswani et al. (2017)
-    Mamba, MambaBlock    Gu & Dao (2023), and its selective scan in plain torch
-    benchmark            time and memory of a training step of Mamba and LLaMA, by length of the sequence
+training stay the same, and of the width at which it has as many parameters (`of_equal_size`). All see the same images
+in the same order, at three learning rates each; linear probes of every layer say how good the features are. Prints the
+paper's table beside ours, and writes table6.json and table6.png to --out; run again, it resumes where it stopped.
 
 Shape letters are those of toto.py; for Mamba also E = 2 D channels, N = 16 numbers of state for each, R the rank of Δ.
 """
@@ -18,7 +21,9 @@ import time
 from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,6 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
 
 import data
+import probe
 import toto
 import train
 
@@ -300,3 +306,116 @@ def print_benchmark(rows):
     for row in rows:
         ms, speed, memory = 1e3 * row["seconds"], row["tokens"] / row["seconds"], row["bytes"] / 2**20
         print(f"{row['model']:8}{row['tokens']:8,}{ms:10,.0f}{speed:10,.0f}{memory:8,.0f}")
+
+
+# One run: train on the same images in the same order, then probe every layer.
+ARCHITECTURES = {"GPT-2": (GPT2, 48.5), "Mamba": (Mamba, 40.7), "LLaMA": (toto.Toto, 53.2)}  # the paper's top-1
+
+
+def run(name, lr, seed, sets, args, device):
+    """{"loss": on held-out images, "top1" of each layer, "untrained": the same of the model before training, ...}."""
+    build, tokens = ARCHITECTURES[name][0], sets["pretrain"]
+    config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + tokens.meta["vocab_size"])
+    config = config if build is toto.Toto else of_equal_size(build, config)
+    settings = {"architecture": name, "lr": lr, "seed": seed, "tokenizer": tokens.meta["tokenizer"]}
+    settings |= {key: getattr(args, key) for key in ("data", "probe", "size", "steps", "batch_tokens")}
+    path = args.out / "runs" / f"{name}-{lr:g}-{seed}.json"
+    state = path.with_suffix(".pt")
+
+    def work():
+        torch.manual_seed(seed)
+        model = build(config, data.fast_dtype(device)).to(device)
+        first = probe.ProbeSet(sets["train"], 1)
+        labelled = first, probe.ProbeSet(sets["val"], 1, classes=first.classes)
+        untrained = probe.linear_probes(model, labelled, device)
+        mixture = data.Mixture([data.Source(tokens, args.frames)], [1.0], seed)
+        n_sequences = train.sequences_in_a_step(args, math.prod(tokens.meta["grid"]), data.world_size())
+        of_run = SimpleNamespace(n_sequences=n_sequences, mixture=mixture)
+        read_batch = lambda step: train.read_batch(of_run, step, device)
+        train.fit(model, read_batch, args, device, state, settings, f"{name}, rate {lr:g}, seed {seed}")
+        held_out = {"images": data.Source(tokens, args.frames, held_out=True)}
+        loss = train.evaluate(model, held_out, args.micro_batch, device)["images"]["loss"]
+        top1 = probe.linear_probes(model, labelled, device)
+        return {"parameters": model.count_parameters(), "loss": loss, "top1": top1, "untrained": untrained}
+
+    args.lr = lr
+    result = data.once(path, settings, work)
+    state.unlink(missing_ok=True)
+    return result
+
+
+def compare(sets, args, device):
+    """A row for each architecture: three rates with the first seed, then the other seeds at the rate of least loss."""
+    rows, rates, seeds = [], [args.lr / 3, args.lr, args.lr * 3], range(args.seed, args.seed + args.seeds)
+    for name, (_, paper) in ARCHITECTURES.items():
+        tried = {lr: run(name, lr, seeds[0], sets, args, device) for lr in rates}
+        lr = min(rates, key=lambda lr: tried[lr]["loss"])
+        runs = [tried[lr]] + [run(name, lr, seed, sets, args, device) for seed in seeds[1:]]
+        row = {"name": name, "paper": paper, "lr": lr, "losses": {f"{lr:g}": r["loss"] for lr, r in tried.items()}}
+        rows.append(row | {key: [run[key] for run in runs] for key in runs[0]})
+    return rows
+
+
+# The table and its picture.
+def best_layer(row, key="top1"):
+    return int(np.argmax(np.mean(row[key], axis=0)))
+
+
+def print_rows(rows, classes, args):
+    """Table 6, the paper's beside ours: means over seeds and their 95 % intervals."""
+    show = lambda values, form: "{0:{f}} ({1:{f}} to {2:{f}}) ".format(*probe.over_seeds(values), f=form)
+    columns = "{:<8}{:<12}{:<7}{:<24}{:<25}{:<23}{:<12}{}"
+    print(f"\nTable 6: linear probes of all layers, {args.seeds} seeds at the best of three rates, 95 % intervals")
+    heads = "loss, nats a token", "best layer's top-1, %", "less LLaMA's", "untrained"
+    print(columns.format("", "parameters", "paper", *heads, "loss at each rate, first seed"))
+    for row in rows:
+        at = lambda row, key: [100 * top1[best_layer(row, key)] for top1 in row[key]]
+        gain = [ours - llamas for ours, llamas in zip(at(row, "top1"), at(rows[-1], "top1"))]
+        top1 = f"{show(at(row, 'top1'), '.1f').strip()}, {best_layer(row)}"
+        untrained = f"{np.mean(at(row, 'untrained')):.1f}"
+        losses = ", ".join(f"{lr}: {loss:.3f}" for lr, loss in row["losses"].items())
+        cells = row["paper"], show(row["loss"], ".3f"), top1, show(gain, ".1f"), untrained, losses
+        print(columns.format(row["name"], f"{row['parameters'][0] / 1e6:,.2f} M", *cells))
+    print(f"chance {100 / len(classes):.1f}")
+
+
+def draw(plt, rows, n_classes, path):
+    """Top-1 over relative depth, bands as 95 % intervals over seeds, and the loss at each rate."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for row in rows:
+        depth = np.linspace(0, 1, len(row["top1"][0]))
+        mean, low, high = zip(*[probe.over_seeds([100 * x for x in of_layer]) for of_layer in zip(*row["top1"])])
+        left.plot(depth, mean, marker="o", markersize=3, label=f"{row['name']} (paper: {row['paper']})")
+        left.fill_between(depth, np.maximum(low, 0), np.minimum(high, 100), alpha=0.15)
+        right.plot([float(lr) for lr in row["losses"]], list(row["losses"].values()), marker="o", label=row["name"])
+    left.axhline(100 / n_classes, linestyle=":", color="grey")
+    left.set(xlabel="depth (0: the embedding)", ylabel="top-1 of a linear probe, %", title="Table 6, by layer")
+    right.set(xscale="log", xlabel="peak learning rate", ylabel="loss, nats a token", title="held-out images")
+    left.legend(fontsize="small", frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = data.make_parser("Table 6: does the architecture matter? Run again, it resumes.")
+    words = "no table: a training step's time and memory, Mamba beside LLaMA, at 1,024 and 4,096 tokens"
+    parser.add_argument("--benchmark", action="store_true", help=words)
+    args, plt = train.parse_study(parser, "out/table6", steps=300), data.pyplot()
+    device = data.pick_device(args.device)
+    if args.benchmark:
+        config = toto.SIZES[args.size]
+        return print_benchmark(benchmark(config, device))
+    data.start_processes(device)
+    args.compile = device.type == "cuda"
+    sets = probe.image_sets(args, train.study_tokenizer(args, device), args.resolution)
+    rows = compare(sets, args, device)
+    if data.rank() == 0:
+        ((classes),) = probe.ProbeSet(sets["val"], 1).classes.values()
+        data.write_json({"rows": rows, "classes": classes}, args.out / "table6.json")
+        print_rows(rows, classes, args)
+        draw(plt, rows, len(classes), args.out / "table6.png")
+        print(f"wrote {args.out / 'table6.json'} and {args.out / 'table6.png'}")
+
+
+if __name__ == "__main__":
+    data.run(main)
