@@ -591,7 +591,7 @@ def measure(model, frames):
     `same_elsewhere` is the share of patches that keep their code when another frame, far off, lends their neighbours.
     """
     codes, elsewhere, psnr = [], [], []
-    n, side, device = len(frames), model.pixels_per_code, model.encoder.blocks.input.w.device
+    n, side, device = len(frames), model.pixels_per_code, next(model.parameters()).device
     h, w = (length // side for length in frames.shape[1:3])
     here = np.indices((h, w)).sum(axis=0) % 2 == 0  # a chessboard of patches
     pixels = np.kron(here, np.ones((side, side), bool))[..., None]  # (H, W, 1)
