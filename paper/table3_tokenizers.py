@@ -1,12 +1,19 @@
-"""Table 3 and Figures 3, 12, 13: which tokens are best? The dVAE's, a VQGAN's, or patches of pixels without any codes.
+"""Table 3 and Figs. 3, 12 and 13 (§4.1, A.6): does the tokenizer matter? Codes of a dVAE, of a VQGAN, or patches.
 
-This part is the paper's other tokenizer, the VQGAN of "Taming Transformers" (Esser et al., 2020, f = 16): every 16x16
-pixels of a frame become one of 1,024 or of 16,384 codes. `load_vqgan` reads the published checkpoints; `train_vqgan`
-trains a narrow one in two minutes on two cores. It encodes and decodes with the interface of `dvae.DVAE`.
+    python paper/table3_tokenizers.py                 on images of the built-in world, under 20 minutes on two cores
+    python paper/table3_tokenizers.py --data IMAGES --probe FOLDER           on your own; FOLDER as for probe.py
+    torchrun --nproc_per_node=8 paper/table3_tokenizers.py --size large --data IMAGES --probe FOLDER
+             --tokenizer dall-e --vqgan 1024.ckpt 16384.ckpt                 as in the paper, with published tokenizers
 
-From top to bottom: the architecture, reading and writing files, the training.
-Shape letters: N frames, H and W pixels, h = H/16 and w = W/16 codes, C channels, D numbers in a code's embedding,
-V vocabulary.
+One trunk sees the same images in the same order in six ways: codes in and out, of the dVAE at two resolutions and of
+two VQGANs; patches in and out; patches in and codes out. Linear probes say how good its features then are. Prints the
+paper's table beside ours and the figures of the tokenizers' n-grams, and writes table3.json and table3.png to --out,
+where the trained VQGANs stay too; run again, it resumes where it stopped.
+
+From top to bottom: the VQGAN of "Taming Transformers" (Esser et al., 2020, f = 16), reading taming's checkpoints,
+training a narrow one, the ways to feed a trunk, a run, the n-grams, the program.
+Shape letters: N frames, H and W pixels, h and w codes or patches, C channels, D numbers in an embedding, V vocabulary,
+B sequences of T places, P pixels and colours of a patch.
 """
 
 import math
@@ -19,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,6 +37,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts are mod
 
 import data
 import dvae
+import probe
+import toto
+import train
 
 
 @dataclass(frozen=True)
@@ -222,7 +233,7 @@ class VQGAN(nn.Module):
         pixels = self.to_pixels(self.quantize.embedding(codes)).clamp(-1, 1)
         return (127.5 * (pixels + 1)).round().to(torch.uint8).permute(0, 2, 3, 1)
 
-    fingerprint = dvae.DVAE.fingerprint
+    grid, fingerprint = dvae.DVAE.grid, dvae.DVAE.fingerprint
 
 
 class Inert:
@@ -352,3 +363,321 @@ def place_codes(model, frames, seed):
     model.quantize.embedding.weight.copy_(codebook)
     if data.world_size() > 1:
         torch.distributed.broadcast(model.quantize.embedding.weight, 0)
+
+
+# The four ways to feed a trunk and to ask it.
+class Pixels:
+    """A "tokenizer" that loses nothing: two bytes of a row of pixels are a code, so that token folders can hold pixels.
+
+    So patches come from the same images, in the same order and sequences, as the codes of every other tokenizer.
+    """
+
+    config, compute_dtype = SimpleNamespace(vocab_size=2**16), torch.uint8
+
+    def grid(self, resolution):
+        return [resolution, 3 * resolution // 2]
+
+    def encode(self, frames):
+        N, H, W, _ = frames.shape
+        return torch.from_numpy(np.ascontiguousarray(frames).reshape(N, H, 3 * W).view(np.uint16).astype(np.int64))
+
+    def fingerprint(self):
+        return "pixels"
+
+
+def patch_rows(pixels, ids, h):
+    """Frames as `Pixels` keeps them, uint16 (F, R, 3R/2), and the ids of their codes, one (T,) for h · h patches each.
+
+    One row for each place of the sequence: the pixels of a patch and then the id of its code, int16 (T, 3 (R/h)² + 1).
+    The start, row 0, has no pixels, nor has the end, if the ids have one.
+    """
+    F, R, _ = pixels.shape
+    patches = dvae.cut(pixels.view(np.uint8).reshape(F, R, R, 3), R // h)
+    rows = np.zeros((len(ids), patches.shape[1] + 1), np.int16)
+    rows[1 : 1 + len(patches), :-1], rows[:, -1] = patches, ids
+    return rows
+
+
+def normalised(patches):
+    """§4.1's "patch-normalized" targets, as in MAE: x less its own mean, by its own deviation. (…, P) -> (…, P)."""
+    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+class PatchToto(toto.Toto):
+    """The same trunk over continuous patches: it takes rows of `patch_rows` in place of ids.
+
+    patch→patch regresses the normalised pixels of the next patch by squared error; patch→dVAE classifies its code by
+    Eq. 2. Not in the paper: a linear embedding with a bias, as in MAE, and a learned vector for the start.
+    """
+
+    def __init__(self, config, n_pixels, predicts_pixels, compute_dtype=torch.float32):
+        super().__init__(config, compute_dtype)
+        self.start = nn.Parameter(0.02 * torch.randn(config.dim))
+        self.patch_in = nn.Linear(n_pixels, config.dim)
+        self.patch_out = nn.Linear(config.dim, n_pixels) if predicts_pixels else None
+        if predicts_pixels:
+            del self.embedding  # no codes go in or come out
+
+    def residual_stream(self, rows, causal=True):
+        """Rows (B, T, P + 1) -> H_0 … H_L, each (B, T, D)."""
+        x = self.patch_in((rows[..., :-1] / 255 - 0.5) / 0.25)  # (B, T, P) -> (B, T, D), of about unit variance
+        is_start = torch.arange(x.shape[1], device=x.device)[:, None] == 0
+        yield from super().residual_stream(torch.where(is_start, self.start, x), causal)
+
+    def loss(self, x, targets):
+        """From H_L (B, T, D) and the rows that come next (B, T, P + 1)."""
+        if self.patch_out is None:
+            return super().loss(x, targets[..., -1].long())
+        return F.mse_loss(self.patch_out(self.norm(x).float()), normalised(targets[..., :-1] / 255))
+
+
+class PatchSet(probe.ProbeSet):
+    """A split of a probing task whose images go through the trunk as rows of patches, read when they are needed."""
+
+    def __init__(self, tokens, pixels, classes=None):
+        super().__init__(tokens, 1, classes=classes)
+        self.pixels = pixels
+
+    def inputs(self, rows):
+        h = self.tokens.meta["grid"][0]
+        read = lambda image: patch_rows(self.pixels.codes(image), self.ids[image, 0].numpy(), h)
+        return torch.from_numpy(np.stack([read(image) for image in rows.tolist()]))
+
+
+@dataclass
+class Way:
+    """A row of Table 3: what the trunk is given and asked for. Its images are token folders of `probe.image_sets`."""
+
+    name: str
+    paper: float  # top-1 on ImageNet
+    codes: dict  # what is given, where that is not patches, and asked for, where that is not pixels
+    pixels: dict = None  # of `Pixels`, where patches are given
+    predicts_pixels: bool = False
+
+    @property
+    def side(self):
+        """h of the grid of h x h codes or patches."""
+        return self.codes["pretrain"].meta["grid"][0]
+
+    def model(self, args, device):
+        config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + self.codes["pretrain"].meta["vocab_size"])
+        if not self.pixels:
+            return toto.Toto(config, data.fast_dtype(device)).to(device)
+        n_pixels = 3 * (self.pixels["pretrain"].meta["resolution"] // self.side) ** 2
+        return PatchToto(config, n_pixels, self.predicts_pixels, data.fast_dtype(device)).to(device)
+
+    def probe_sets(self):
+        if self.pixels:
+            first = PatchSet(self.codes["train"], self.pixels["train"])
+            return first, PatchSet(self.codes["val"], self.pixels["val"], first.classes)
+        first = probe.ProbeSet(self.codes["train"], 1)
+        return first, probe.ProbeSet(self.codes["val"], 1, classes=first.classes)
+
+    def sequences(self, args, seed, held_out=False):
+        """(how many sequences a pass has, a function that gives the i-th of them, (parts, T + 1) or rows of patches).
+
+        All rows of the table see the same images in the same order. Not in the paper: at a finer grid the images of a
+        sequence are split over several, so that all contexts are as long: Table 4's compute says so.
+        """
+        source = lambda tokens: data.Source(tokens["pretrain"], args.frames, held_out=held_out)
+        codes = data.Mixture([source(self.codes)], [1.0], seed)
+        pixels = data.Mixture([source(self.pixels)], [1.0], seed) if self.pixels else None
+
+        def sequence(i):
+            ids = codes.sequence(i)[0]
+            if pixels is None:
+                parts = ids[1:-1].reshape(max(self.side**2 // args.side**2, 1), -1)
+                return np.pad(parts, ((0, 0), (1, 1)), constant_values=((0, 0), (ids[0], toto.END)))
+            stored = (pixels.sequence(i)[0][1:-1] - toto.FIRST_CODE).astype(np.uint16)
+            rows = patch_rows(stored.reshape(-1, *self.pixels["pretrain"].meta["grid"]), ids, self.side)
+            return rows[None, :-1] if self.predicts_pixels else rows[None]  # an end has no pixels to predict
+
+        return len(codes.sources[0]), sequence
+
+
+def run_way(way, seed, args, device):
+    """Pre-train and probe -> {"loss" on held-out images, "top1" of each layer, "untrained": that before training}."""
+    settings = {"way": way.name, "tokenizer": way.codes["pretrain"].meta["tokenizer"], "seed": seed}
+    settings |= {name: getattr(args, name) for name in ("data", "probe", "size", "steps", "batch_tokens", "lr")}
+    path, title = args.out / "runs" / f"{way.name.replace(' ', '-')}-{seed}.json", f"{way.name}, seed {seed}"
+    state = path.with_suffix(".pt")
+
+    def work():
+        torch.manual_seed(seed)
+        model, sets = way.model(args, device), way.probe_sets()
+        untrained = probe.linear_probes(model, sets, device)
+        _, sequence = way.sequences(args, seed)
+        n = train.sequences_in_a_step(args, args.side**2, data.world_size())
+        share = lambda step: range(step * n + data.rank(), (step + 1) * n, data.world_size())
+        read_batch = lambda step: torch.from_numpy(np.concatenate([sequence(i) for i in share(step)]))
+        train.fit(model, read_batch, args, device, state, settings, title)
+        top1 = probe.linear_probes(model, sets, device)
+        n_held_out, sequence = way.sequences(args, seed, held_out=True)
+        held_out = [torch.from_numpy(sequence(i)).to(device) for i in range(min(n_held_out, 32))]
+        with torch.no_grad():
+            loss = np.mean([model(rows[:, :-1], rows[:, 1:]).item() for rows in held_out])
+        return {"loss": float(loss), "top1": top1, "untrained": untrained}
+
+    result = data.once(path, settings, work)
+    state.unlink(missing_ok=True)
+    return result
+
+
+# Figures 3, 12 and 13.
+def n_grams(codes, n, vocab_size):
+    """How often each sequence of n raster neighbours occurs in codes (N, h, w), most frequent first.
+
+    A row's last code has the next row's first as its neighbour: a 16 x 16 image has 255 pairs and 254 triples.
+    """
+    flat = codes.reshape(len(codes), -1).astype(np.int64)  # (N, h·w)
+    n_places = flat.shape[1] - n + 1
+    grams = sum(flat[:, i : i + n_places] * vocab_size ** (n - 1 - i) for i in range(n))  # each as one number
+    return np.sort(np.unique(grams, return_counts=True)[1])[::-1]
+
+
+def describe(codes, vocab_size):
+    """The figures of one tokenizer's codes (N, h, w): {"coverage", and for n = 1, 2, 3 "distinct" and "shares"}.
+
+    The shares of all n-grams, most frequent first, are thinned out to some 200 ranks for drawing.
+    """
+    counts = [n_grams(codes, n, vocab_size) for n in (1, 2, 3)]
+    ranks = [np.unique(np.geomspace(1, len(c), 200).round().astype(int)) for c in counts]
+    return {
+        "images": len(codes), "vocabulary": vocab_size, "coverage": len(counts[0]) / vocab_size,
+        "distinct": [len(c) for c in counts], "places": [int(c.sum()) for c in counts],
+        "ranks": [r.tolist() for r in ranks], "shares": [(c[r - 1] / c.sum()).tolist() for c, r in zip(counts, ranks)],
+    }  # fmt: skip
+
+
+def draw(plt, grams, path):
+    """Figs. 3, 12 and 13: sorted shares of all 1-, 2- and 3-grams, a line for each tokenizer, on double log axes."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    for n, axis in enumerate(axes):
+        for name, g in grams.items():
+            label = f"{name}: {g['distinct'][n]:,}" + (f" of {g['vocabulary']:,}" if n == 0 else "")
+            axis.loglog(g["ranks"][n], g["shares"][n], label=label)
+        axis.set(title=f"{n + 1}-grams (Fig. {(3, 12, 13)[n]})", xlabel="rank", ylabel="share")
+        axis.legend(fontsize="small", frameon=False, title="distinct", title_fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def print_report(report):
+    """Table 3, the paper's beside ours: means over seeds and their 95 % intervals; then Figs. 3, 12, 13 in numbers."""
+    show = lambda values: "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in probe.over_seeds(values)))
+    depth, chance, pixels, columns = report["depth"], report["chance"], report["raw_pixels"], "{:<24}" + 5 * "{:<24}"
+    print(f"\nTable 3: top-1 of linear probes in %, means of {len(report['rows'][0]['loss'])} seeds and 95 % intervals")
+    heads = f"layer {depth}", "less the first row's", "best layer", "untrained, best layer"
+    print(columns.format("input-target, grid", "paper (its layer 9)", *heads))
+    for row in report["rows"]:
+        at = lambda key, l: [top1[l] for top1 in row[key]]
+        best, of_untrained = (int(np.argmax(np.mean(row[key], axis=0))) for key in ("top1", "untrained"))
+        gain = [top1[depth] - first[depth] for top1, first in zip(row["top1"], report["rows"][0]["top1"])]
+        bests = f"{show(at('top1', best))}, {best}", f"{show(at('untrained', of_untrained))}, {of_untrained}"
+        print(columns.format(row["name"], row["paper"], show(at("top1", depth)), show(gain), *bests))
+    print(f"chance {chance:.1%}" + (f", raw pixels {pixels:.1%}" if pixels is not None else ""))
+    print("\nFigs. 3, 12, 13: n-grams of the codes, and what the tokenizers keep of unseen images")
+    columns = "{:<18}" + 6 * "{:<16}"
+    print(columns.format("tokenizer", "vocabulary", "coverage", "distinct pairs", "triples", "PSNR", "perplexity"))
+    for name, kept in report["tokenizers"].items():
+        g = report["grams"].get(name, {"vocabulary": "", "coverage": math.nan, "distinct": 3 * [""]})
+        cells = g["vocabulary"], f"{g['coverage']:.1%}", *g["distinct"][1:]
+        print(columns.format(name, *cells, f"{kept['psnr']:.1f} dB", f"{kept['perplexity']:.0f}"))
+
+
+def raw_pixels(sets, args, device):
+    """Top-1 of a linear classifier on the pixels themselves, at the smaller resolution; None of too many images."""
+    if 3 * args.resolution**2 * len(sets[0]) > probe.KEEP_BYTES:
+        return None
+    items = [sum(probe.image_shards(args, split, args.resolution), []) for split in ("train", "val")]
+    everything = lambda split, items: probe.Pixels(split, items, args.resolution)[slice(None)][0][:, 0]
+    x, x_val = (everything(split, some).to(device) for split, some in zip(sets, items))
+    ((task, names),) = sets[0].classes.items()
+    return probe.linear_probe(x, sets[0].labels[task].to(device), x_val, sets[1].labels[task].to(device), len(names))
+
+
+def measure(tokenizer, resolution, args):
+    """What a tokenizer keeps of images that it has not seen, by dvae.measure."""
+    shards = probe.image_shards(args, "val", resolution)
+    return dvae.measure(tokenizer, data.gather_frames(sum(shards, []), 512, resolution, quiet=True))
+
+
+def vqgans(args, resolution, device):
+    """Those of --vqgan, or a small and a large one, trained first on --data where they are missing in --out."""
+    how = device, data.fast_dtype(device)
+    if args.vqgan:
+        return [load_vqgan(path, *how) for path in args.vqgan]
+    items = sum(probe.image_shards(args, "pretrain", resolution), [])
+    items = [item for item, out in zip(items, data.is_held_out([item.name for item in items])) if not out]
+    pool = lambda i: data.gather_frames(items, dvae.POOL, resolution, [args.seed, i, data.rank()], quiet=True)
+    for config in (SMALL, LARGE):
+        path = args.out / f"vqgan-{config.vocab_size}.pt"
+        state, settings = path.with_suffix(".training"), {"data": args.data, "seed": args.seed, "side": resolution}
+        if not path.exists():
+            model = train_vqgan(pool, config, RECIPE, args.seed, *how, state, settings)
+            if data.rank() == 0:
+                save(model, path)
+            data.wait_for_all()
+        state.unlink(missing_ok=True)
+    return [load_vqgan(args.out / f"vqgan-{config.vocab_size}.pt", *how) for config in (SMALL, LARGE)]
+
+
+def tokenizers_of(args, device):
+    """{name: (tokenizer, resolution)}. §3.4: a dVAE's code is of 8 x 8 pixels, and a VQGAN's of 16 x 16, so that twice
+    the resolution gives it the same grid.
+    """
+    small, large, the_dvae = args.resolution, 2 * args.resolution, train.study_tokenizer(args, device)
+    pairs = {"dVAE": (the_dvae, small), "dVAE, finer": (the_dvae, large)}
+    for model in sorted(vqgans(args, large, device), key=lambda model: model.config.vocab_size):
+        pairs[f"VQGAN {model.config.vocab_size}"] = model, large
+    return pairs
+
+
+def ways_of(tokenizers, args):
+    """The rows of Table 3. Not in the paper: of how many pixels its patches are; here of 8 x 8 for `tiny`, else 16 x 16.
+    """
+    sets = {name: probe.image_sets(args, *pair) for name, pair in tokenizers.items()}
+    pixels = probe.image_sets(args, Pixels(), args.resolution if args.size == "tiny" else 2 * args.resolution)
+    coarse, fine, *of_vqgans = sets.values()
+    ways = [Way(f"dVAE-dVAE {args.side}", 53.2, coarse), Way(f"dVAE-dVAE {2 * args.side}", 61.2, fine)]
+    for vqgan, paper in zip(of_vqgans, (61.1, 61.3)):
+        ways.append(Way(f"VQGAN-VQGAN {vqgan['pretrain'].meta['vocab_size']}", paper, vqgan))
+    return ways + [Way("patch-patch", 60.6, coarse, pixels, True), Way("patch-dVAE", 58.5, coarse, pixels)]
+
+
+def main():
+    parser = data.make_parser("Table 3 and Figs. 3, 12, 13: does the tokenizer matter? Run again, it resumes.")
+    words = "two VQGANs of taming-transformers or of an earlier run (default: a small and a large one of --data)"
+    parser.add_argument("--vqgan", nargs=2, type=Path, metavar="FILE", help=words)
+    args, plt = train.parse_study(parser, "out/table3", steps=300), data.pyplot()
+    device = data.pick_device(args.device)
+    data.start_processes(device)
+    args.compile, args.side = device.type == "cuda", args.resolution // dvae.DVAE.pixels_per_code
+
+    tokenizers = tokenizers_of(args, device)
+    ways, rows = ways_of(tokenizers, args), []
+    for way in ways:
+        runs = [run_way(way, seed, args, device) for seed in range(args.seed, args.seed + args.seeds)]
+        rows.append({"name": way.name, "paper": way.paper} | {key: [run[key] for run in runs] for key in runs[0]})
+    if data.rank() > 0:
+        return
+    sets = ways[0].probe_sets()
+    report = {"rows": rows, "depth": round(9 / 16 * toto.SIZES[args.size].n_layers)}
+    report |= {"chance": 1 / len(*sets[0].classes.values()), "raw_pixels": raw_pixels(sets, args, device)}
+    report["tokenizers"] = {name: measure(*pair, args) for name, pair in tokenizers.items()}
+    report["grams"] = {}
+    for name, way in zip(tokenizers, ways):
+        if name != "dVAE, finer":  # the figures have 16 x 16 codes alone, and at most 10,000 images
+            tokens = way.codes["pretrain"]
+            some = np.linspace(0, len(tokens) - 1, min(len(tokens), 10_000)).astype(int)
+            codes = np.concatenate([tokens.codes(image, 0, 1) for image in some])
+            report["grams"][name] = describe(codes, tokens.meta["vocab_size"])
+    data.write_json(report, args.out / "table3.json")
+    print_report(report)
+    draw(plt, report["grams"], args.out / "table3.png")
+    print(f"wrote {args.out / 'table3.json'} and {args.out / 'table3.png'}")
+
+
+if __name__ == "__main__":
+    data.run(main)
