@@ -613,9 +613,10 @@ def vqgans(args, resolution, device):
     pool = lambda i: data.gather_frames(items, dvae.POOL, resolution, [args.seed, i, data.rank()], quiet=True)
     for config in (SMALL, LARGE):
         path = args.out / f"vqgan-{config.vocab_size}.pt"
-        state, settings = path.with_suffix(".training"), {"data": args.data, "seed": args.seed, "side": resolution}
+        state, recipe = path.with_suffix(".training"), replace(RECIPE, steps=args.vqgan_steps)
+        settings = {"data": args.data, "resolution": resolution, "seed": args.seed, "steps": recipe.steps}
         if not path.exists():
-            model = train_vqgan(pool, config, RECIPE, args.seed, *how, state, settings)
+            model = train_vqgan(pool, config, recipe, args.seed, *how, state, settings)
             if data.rank() == 0:
                 save(model, path)
             data.wait_for_all()
@@ -635,8 +636,7 @@ def tokenizers_of(args, device):
 
 
 def ways_of(tokenizers, args):
-    """The rows of Table 3. Not in the paper: of how many pixels its patches are; here of 8 x 8 for `tiny`, else 16 x 16.
-    """
+    """The rows of Table 3. Not in the paper: how large its patches are; here 8 x 8 pixels for `tiny`, else 16 x 16."""
     sets = {name: probe.image_sets(args, *pair) for name, pair in tokenizers.items()}
     pixels = probe.image_sets(args, Pixels(), args.resolution if args.size == "tiny" else 2 * args.resolution)
     coarse, fine, *of_vqgans = sets.values()
@@ -650,6 +650,8 @@ def main():
     parser = data.make_parser("Table 3 and Figs. 3, 12, 13: does the tokenizer matter? Run again, it resumes.")
     words = "two VQGANs of taming-transformers or of an earlier run (default: a small and a large one of --data)"
     parser.add_argument("--vqgan", nargs=2, type=Path, metavar="FILE", help=words)
+    words = "optimizer steps of those that are trained here"
+    parser.add_argument("--vqgan-steps", type=data.number(int, at_least=1), default=RECIPE.steps, help=words)
     args, plt = train.parse_study(parser, "out/table3", steps=300), data.pyplot()
     device = data.pick_device(args.device)
     data.start_processes(device)

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("toto.py", "dvae.py", "data.py", "train.py", "probe.py", "sample.py")
+STUDY = sorted(f"paper/{path.name}" for path in (ROOT / "paper").glob("*.py"))
 
 
 def source_of(script, name):
@@ -32,11 +33,13 @@ def source_of(script, name):
     return "\n".join(lines[first : found.end_lineno])
 
 
-ROWS = re.findall(r"^\| (.+?) \| .+? \| ((?:`\w+\.py`: (?:`[\w.]+`(?:, )?)+(?:; )?)+) \|$", README, flags=re.MULTILINE)
+ROWS = re.findall(
+    r"^\| (.+?) \| .+? \| ((?:`[\w/]+\.py`: (?:`[\w.]+`(?:, )?)+(?:; )?)+) \|$", README, flags=re.MULTILINE
+)
 PLACES = [
     (reference, script, name)
     for references, places in ROWS
-    for script, names in re.findall(r"`(\w+\.py)`: ((?:`[\w.]+`(?:, )?)+)", places)
+    for script, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", places)
     for name in re.findall(r"`([\w.]+)`", names)
     for reference in references.split(", ")
 ]
@@ -55,13 +58,13 @@ def test_the_map_leads_to_the_place(reference, script, name):
 
 
 def test_every_flag_in_the_readme_exists():
-    for script, line in re.findall(r"^(?:python|torchrun.*?) (\w+\.py)(.*)$", README, flags=re.MULTILINE):
-        defined = set(re.findall(r'add\(\s*"(--[\w-]+)"', (ROOT / script).read_text()))
+    for script, line in re.findall(r"^(?:python|torchrun.*?) ([\w/]+\.py)(.*)$", README, flags=re.MULTILINE):
+        defined = set(re.findall(r'add(?:_argument)?\(\s*"(--[\w-]+)"', (ROOT / script).read_text()))
         for flag in re.findall(r"(?<!\S)--[\w-]+", line):
             assert flag in defined, f"{script} has no {flag}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", (*SCRIPTS, *STUDY))
 def test_lines_fit(script):
     assert max(len(line) for line in (ROOT / script).read_text().splitlines()) <= 120
 
@@ -92,3 +95,10 @@ def test_imports_go_one_way():
         assert {name for place, name in found if place == script} <= allowed, script
         inside += [(place, name) for place, name in found if place != script]
     assert inside == [("data.main", "dvae")]
+
+
+@pytest.mark.parametrize("script", STUDY)
+def test_scripts_of_the_study_import_the_six_alone(script):
+    names = {Path(other).stem for other in STUDY}
+    nodes = ast.walk(ast.parse((ROOT / script).read_text()))
+    assert not names & {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

@@ -1,18 +1,26 @@
 """paper/table6_architectures.py: GPT-2 and Mamba against Hugging Face's, and Mamba against its recurrence."""
 
+import json
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from PIL import Image
 
-sys.path.insert(0, str(ROOT / "paper"))  # its scripts are no package
-
-import table6_architectures as table6
+import data
+import dvae
 import toto
 import train
+from conftest import PAIR, ROOT, run
+
+sys.path.insert(0, str(ROOT / "paper"))  # its scripts are no package
+import table6_architectures as table6
 
 CONFIGS = {
     table6.GPT2: toto.Config(dim=64, n_heads=4, n_layers=3, hidden=256, vocab_size=70),
@@ -232,3 +240,70 @@ def test_benchmark(capsys):
     assert all(row["seconds"] > 0 and 2**20 < row["bytes"] < 2**30 for row in rows)
     table6.print_benchmark(rows)
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+# The program.
+@pytest.fixture(scope="module")
+def media(tmp_path_factory, untrained_tokenizer):
+    """40 images to pre-train on, a task of two classes, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("media")
+    dvae.save(untrained_tokenizer, folder / "dvae.pt")
+    for i in range(40):
+        for name in (f"images/{i}", f"task/train/{'ab'[i % 2]}/{i}", f"task/val/{'ab'[i % 2]}/{i + 40}"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.world_clip(i, 1, 32).frames[0] // (1 + i % 2)).save(folder / f"{name}.png")
+    return folder
+
+
+def command(media, out, *extra):
+    words = ["--data", media / "images", "--probe", media / "task", "--tokenizer", media / "dvae.pt", "--out", out]
+    words += ["--resolution", 32, "--batch-tokens", 512, "--steps", 3, "--seeds", 1, "--device", "cpu", *extra]
+    return ["paper/table6_architectures.py", *map(str, words)]
+
+
+def test_from_images_to_the_table(media, tmp_path, monkeypatch, capsys):
+    """The whole comparison, stopped in the middle and resumed, and in two processes: the same losses, every row full."""
+    pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
+    steps, take_step = [], train.take_step
+
+    def take_step_and_stop_once(*inputs):
+        steps.append(1)
+        if len(steps) == 8:  # the second of a run's three
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(*inputs)
+
+    monkeypatch.setattr(train, "take_step", take_step_and_stop_once)
+    monkeypatch.setattr(sys, "argv", command(media, tmp_path / "one"))
+    with pytest.raises(KeyboardInterrupt):
+        table6.main()
+    table6.main()
+    assert len(steps) == 3 * 3 * 3  # of three architectures at three rates
+    table6.main()
+    assert len(steps) == 27  # all is kept
+    assert "GPT-2" in capsys.readouterr().out and (tmp_path / "one/table6.png").stat().st_size > 10_000
+    assert not list((tmp_path / "one/runs").glob("*.pt"))
+
+    run(command(media, tmp_path / "two"), PAIR)
+    one, two = (json.loads((tmp_path / name / "table6.json").read_text())["rows"] for name in ("one", "two"))
+    assert [row["name"] for row in one] == ["GPT-2", "Mamba", "LLaMA"]
+    for a, b in zip(one, two):
+        assert np.shape(a["top1"]) == np.shape(a["untrained"]) == (1, 9 if a["name"] == "Mamba" else 5)
+        assert a["parameters"] == b["parameters"] and len(a["losses"]) == 3
+        np.testing.assert_allclose(list(a["losses"].values()), list(b["losses"].values()), rtol=0.01)
+        np.testing.assert_allclose(a["untrained"], b["untrained"], atol=0.06)  # one image of 40 is 0.025
+
+
+def test_the_rate_with_the_least_loss_is_taken(monkeypatch):
+    """And its first seed is not run again: the row's figures are those of the runs at that rate."""
+    losses, calls = {0.1: 3.0, 0.3: 1.0, 0.9: 2.0}, []
+
+    def fake(name, lr, seed, sets, args, device):
+        calls.append((name, round(lr, 9), seed))
+        return {"parameters": 1, "loss": losses[round(lr, 9)] + seed, "top1": [seed], "untrained": [0]}
+
+    monkeypatch.setattr(table6, "run", fake)
+    rows = table6.compare(None, SimpleNamespace(lr=0.3, seed=0, seeds=3), None)
+    assert [row["lr"] for row in rows] == 3 * [0.3] and rows[0]["loss"] == [1.0, 2.0, 3.0]
+    assert [call for call in calls if call[0] == "Mamba"] == [
+        ("Mamba", 0.1, 0), ("Mamba", 0.3, 0), ("Mamba", 0.9, 0), ("Mamba", 0.3, 1), ("Mamba", 0.3, 2)
+    ]  # fmt: skip
