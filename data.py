@@ -908,7 +908,7 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         from_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not (from_compiler or is_memory):

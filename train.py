@@ -130,6 +130,7 @@ def fit(model, read_batch, args, device, path, settings, title):
     """§3.2's method and nothing else, for any model with a loss: what the scripts of paper/ train by.
 
     read_batch(step) gives this process's share. The state is kept in `path`, from which the same settings resume.
+    Raises FloatingPointError where the loss is no number, before that can be saved.
     """
     trained, optimizer = distribute(model, args, device), make_optimizer(model, args.lr)
     file = data.state_file(path, {"model": model, "optimizer": optimizer}, settings)
@@ -138,7 +139,8 @@ def fit(model, read_batch, args, device, path, settings, title):
             group["lr"] = learning_rate(step, args) * group["lr_scale"]
         loss, grad_norm = take_step(trained, optimizer, read_batch(step), args.micro_batch, device).tolist()
         if not math.isfinite(loss + grad_norm):
-            raise ValueError(f"{title}, step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}; lower --lr")
+            words = f"{title}, step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}; try a lower --lr"
+            raise FloatingPointError(words)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
 
@@ -711,7 +713,7 @@ def parse_study(parser, out, steps):
     for folder in [Path(args.probe) / split for split in ("train", "val")] if args.probe else []:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; --probe needs train/<class>/* and val/<class>/*")
-    args.shard, args.recompute, args.stride = False, False, 4
+    args.compile, args.shard, args.recompute, args.stride = False, False, False, 4
     return args
 
 

@@ -499,7 +499,8 @@ class Way:
 def run_way(way, seed, args, device):
     """Pre-train and probe -> {"loss" on held-out images, "top1" of each layer, "untrained": that before training}."""
     settings = {"way": way.name, "tokenizer": way.codes["pretrain"].meta["tokenizer"], "seed": seed}
-    settings |= {name: getattr(args, name) for name in ("data", "probe", "size", "steps", "batch_tokens", "lr")}
+    of_args = ("data", "probe", "resolution", "size", "steps", "batch_tokens", "lr")
+    settings |= {name: getattr(args, name) for name in of_args}
     path, title = args.out / "runs" / f"{way.name.replace(' ', '-')}-{seed}.json", f"{way.name}, seed {seed}"
     state = path.with_suffix(".pt")
 
@@ -655,7 +656,7 @@ def main():
     args, plt = train.parse_study(parser, "out/table3", steps=300), data.pyplot()
     device = data.pick_device(args.device)
     data.start_processes(device)
-    args.compile, args.side = device.type == "cuda", args.resolution // dvae.DVAE.pixels_per_code
+    args.side = args.resolution // dvae.DVAE.pixels_per_code
 
     tokenizers = tokenizers_of(args, device)
     ways, rows = ways_of(tokenizers, args), []

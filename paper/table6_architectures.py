@@ -313,13 +313,16 @@ ARCHITECTURES = {"GPT-2": (GPT2, 48.5), "Mamba": (Mamba, 40.7), "LLaMA": (toto.T
 
 
 def run(name, lr, seed, sets, args, device):
-    """{"loss": on held-out images, "top1" of each layer, "untrained": the same of the model before training, ...}."""
+    """{"loss": on held-out images, "top1" of each layer, "untrained": the same before training, "parameters"}.
+
+    Where the rate is so high that the loss is no number any more, it counts as infinite.
+    """
     build, tokens = ARCHITECTURES[name][0], sets["pretrain"]
     config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + tokens.meta["vocab_size"])
     config = config if build is toto.Toto else of_equal_size(build, config)
     settings = {"architecture": name, "lr": lr, "seed": seed, "tokenizer": tokens.meta["tokenizer"]}
-    settings |= {key: getattr(args, key) for key in ("data", "probe", "size", "steps", "batch_tokens")}
-    path = args.out / "runs" / f"{name}-{lr:g}-{seed}.json"
+    settings |= {key: getattr(args, key) for key in ("data", "probe", "resolution", "size", "steps", "batch_tokens")}
+    args, path = SimpleNamespace(**vars(args) | {"lr": lr}), args.out / "runs" / f"{name}-{lr:g}-{seed}.json"
     state = path.with_suffix(".pt")
 
     def work():
@@ -332,13 +335,16 @@ def run(name, lr, seed, sets, args, device):
         n_sequences = train.sequences_in_a_step(args, math.prod(tokens.meta["grid"]), data.world_size())
         of_run = SimpleNamespace(n_sequences=n_sequences, mixture=mixture)
         read_batch = lambda step: train.read_batch(of_run, step, device)
-        train.fit(model, read_batch, args, device, state, settings, f"{name}, rate {lr:g}, seed {seed}")
+        result = {"parameters": model.count_parameters(), "untrained": untrained}
+        try:
+            train.fit(model, read_batch, args, device, state, settings, f"{name}, rate {lr:g}, seed {seed}")
+        except FloatingPointError as error:
+            print(error)
+            return result | {"loss": math.inf, "top1": len(untrained) * [0.0]}
         held_out = {"images": data.Source(tokens, args.frames, held_out=True)}
         loss = train.evaluate(model, held_out, args.micro_batch, device)["images"]["loss"]
-        top1 = probe.linear_probes(model, labelled, device)
-        return {"parameters": model.count_parameters(), "loss": loss, "top1": top1, "untrained": untrained}
+        return result | {"loss": loss, "top1": probe.linear_probes(model, labelled, device)}
 
-    args.lr = lr
     result = data.once(path, settings, work)
     state.unlink(missing_ok=True)
     return result
@@ -406,7 +412,6 @@ def main():
         config = toto.SIZES[args.size]
         return print_benchmark(benchmark(config, device))
     data.start_processes(device)
-    args.compile = device.type == "cuda"
     sets = probe.image_sets(args, train.study_tokenizer(args, device), args.resolution)
     rows = compare(sets, args, device)
     if data.rank() == 0:

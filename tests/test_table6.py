@@ -262,7 +262,7 @@ def command(media, out, *extra):
 
 
 def test_from_images_to_the_table(media, tmp_path, monkeypatch, capsys):
-    """The whole comparison, stopped in the middle and resumed, and in two processes: the same losses, every row full."""
+    """The whole comparison, stopped in the middle and resumed, and in two processes: the same losses."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     steps, take_step = [], train.take_step
 
