@@ -476,9 +476,9 @@ def image_shards(args, split, resolution):
 
 
 def image_sets(args, tokenizer, resolution):
-    """{"pretrain", "train", "val"}: their token folders."""
+    """{"pretrain", "train", "val"}: their token folders; without a task to probe the first alone."""
     sets, how = {}, (args.out / "tokens", tokenizer, resolution, args.stride)
-    for split in ("pretrain", *WORLD_IMAGES):
+    for split in ("pretrain", "train", "val") if args.has_probe else ("pretrain",):
         source = args.data if split == "pretrain" else Path(args.probe or data.WORLD_IMAGES) / split
         sets[split] = data.tokenize_cached(source, image_shards(args, split, resolution), *how)
     return sets

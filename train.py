@@ -708,8 +708,7 @@ def parse_study(parser, out, steps):
     defaults = LAPTOP | {"steps": steps} if args.size == "tiny" else PAPER | {"steps": 125_113}
     for name, value in defaults.items():
         setattr(args, name, getattr(args, name, None) or value)
-    if args.probe is None and not data.is_world(args.data):
-        raise ValueError("--data needs --probe, a folder with train/<class>/* and val/<class>/*")
+    args.has_probe = args.probe is not None or data.is_world(args.data)
     for folder in [Path(args.probe) / split for split in ("train", "val")] if args.probe else []:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; --probe needs train/<class>/* and val/<class>/*")

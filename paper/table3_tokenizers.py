@@ -2,6 +2,7 @@
 
     python paper/table3_tokenizers.py                 on images of the built-in world, under 20 minutes on two cores
     python paper/table3_tokenizers.py --data IMAGES --probe FOLDER           on your own; FOLDER as for probe.py
+    python paper/table3_tokenizers.py --data IMAGES                          the figures alone
     torchrun --nproc_per_node=8 paper/table3_tokenizers.py --size large --data IMAGES --probe FOLDER
              --tokenizer dall-e --vqgan 1024.ckpt 16384.ckpt                 as in the paper, with published tokenizers
 
@@ -537,11 +538,13 @@ def n_grams(codes, n, vocab_size):
     return np.sort(np.unique(grams, return_counts=True)[1])[::-1]
 
 
-def describe(codes, vocab_size):
-    """The figures of one tokenizer's codes (N, h, w): {"coverage", and for n = 1, 2, 3 "distinct" and "shares"}.
+def describe(tokens, n_images=10_000):
+    """Of a token folder's images, as many as A.6 has: {"coverage", and for n = 1, 2, 3 "distinct" and "shares"}.
 
     The shares of all n-grams, most frequent first, are thinned out to some 200 ranks for drawing.
     """
+    some = np.linspace(0, len(tokens) - 1, min(len(tokens), n_images)).round().astype(int)
+    codes, vocab_size = np.concatenate([tokens.codes(image, 0, 1) for image in some]), tokens.meta["vocab_size"]
     counts = [n_grams(codes, n, vocab_size) for n in (1, 2, 3)]
     ranks = [np.unique(np.geomspace(1, len(c), 200).round().astype(int)) for c in counts]
     return {
@@ -567,17 +570,19 @@ def draw(plt, grams, path):
 def print_report(report):
     """Table 3, the paper's beside ours: means over seeds and their 95 % intervals; then Figs. 3, 12, 13 in numbers."""
     show = lambda values: "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in probe.over_seeds(values)))
-    depth, chance, pixels, columns = report["depth"], report["chance"], report["raw_pixels"], "{:<24}" + 5 * "{:<24}"
-    print(f"\nTable 3: top-1 of linear probes in %, means of {len(report['rows'][0]['loss'])} seeds and 95 % intervals")
-    heads = f"layer {depth}", "less the first row's", "best layer", "untrained, best layer"
-    print(columns.format("input-target, grid", "paper (its layer 9)", *heads))
+    columns, depth = "{:<24}" + 5 * "{:<24}", report.get("depth")
+    if report["rows"]:
+        n_seeds, heads = len(report["rows"][0]["loss"]), ("less the first row's", "best layer", "untrained, best layer")
+        print(f"\nTable 3: top-1 of linear probes in %, means of {n_seeds} seeds and 95 % intervals")
+        print(columns.format("input-target, grid", "paper (its layer 9)", f"layer {depth}", *heads))
     for row in report["rows"]:
         at = lambda key, l: [top1[l] for top1 in row[key]]
         best, of_untrained = (int(np.argmax(np.mean(row[key], axis=0))) for key in ("top1", "untrained"))
         gain = [top1[depth] - first[depth] for top1, first in zip(row["top1"], report["rows"][0]["top1"])]
         bests = f"{show(at('top1', best))}, {best}", f"{show(at('untrained', of_untrained))}, {of_untrained}"
         print(columns.format(row["name"], row["paper"], show(at("top1", depth)), show(gain), *bests))
-    print(f"chance {chance:.1%}" + (f", raw pixels {pixels:.1%}" if pixels is not None else ""))
+    for name, top1 in report.get("floor", {}).items():
+        print(columns.format(name, "", f"{top1:.1%}", "", "", ""))
     print("\nFigs. 3, 12, 13: n-grams of the codes, and what the tokenizers keep of unseen images")
     columns = "{:<18}" + 6 * "{:<16}"
     print(columns.format("tokenizer", "vocabulary", "coverage", "distinct pairs", "triples", "PSNR", "perplexity"))
@@ -587,21 +592,30 @@ def print_report(report):
         print(columns.format(name, *cells, f"{kept['psnr']:.1f} dB", f"{kept['perplexity']:.0f}"))
 
 
-def raw_pixels(sets, args, device):
-    """Top-1 of a linear classifier on the pixels themselves, at the smaller resolution; None of too many images."""
-    if 3 * args.resolution**2 * len(sets[0]) > probe.KEEP_BYTES:
-        return None
-    items = [sum(probe.image_shards(args, split, args.resolution), []) for split in ("train", "val")]
-    everything = lambda split, items: probe.Pixels(split, items, args.resolution)[slice(None)][0][:, 0]
-    x, x_val = (everything(split, some).to(device) for split, some in zip(sets, items))
-    ((task, names),) = sets[0].classes.items()
-    return probe.linear_probe(x, sets[0].labels[task].to(device), x_val, sets[1].labels[task].to(device), len(names))
+def floor(sets, args, device):
+    """{name: top-1}: what chance gives, and a linear classifier on the pixels themselves where memory holds them."""
+    split = probe.ProbeSet(sets["train"], 1)
+    labelled = split, probe.ProbeSet(sets["val"], 1, classes=split.classes)
+    ((task, names),) = split.classes.items()
+    found = {"chance": 1 / len(names)}
+    if 3 * args.resolution**2 * len(split) <= probe.KEEP_BYTES:
+        items = (sum(probe.image_shards(args, name, args.resolution), []) for name in ("train", "val"))
+        pixels = [probe.Pixels(split, some, args.resolution) for split, some in zip(labelled, items)]
+        (x, x_val), (y, y_val) = ([p.x[:, 0].float() / 255 for p in pixels], [s.labels[task] for s in labelled])
+        found["raw pixels"] = probe.linear_probe(*(t.to(device) for t in (x, y, x_val, y_val)), len(names))
+    return found
+
+
+def images_of(args, resolution, held_out):
+    """The items of --data that are held out, or those that are not."""
+    items = sum(probe.image_shards(args, "pretrain", resolution), [])
+    return [item for item, out in zip(items, data.is_held_out([item.name for item in items])) if out == held_out]
 
 
 def measure(tokenizer, resolution, args):
     """What a tokenizer keeps of images that it has not seen, by dvae.measure."""
-    shards = probe.image_shards(args, "val", resolution)
-    return dvae.measure(tokenizer, data.gather_frames(sum(shards, []), 512, resolution, quiet=True))
+    items = images_of(args, resolution, held_out=True)
+    return dvae.measure(tokenizer, data.gather_frames(items, 512, resolution, quiet=True))
 
 
 def vqgans(args, resolution, device):
@@ -609,8 +623,7 @@ def vqgans(args, resolution, device):
     how = device, data.fast_dtype(device)
     if args.vqgan:
         return [load_vqgan(path, *how) for path in args.vqgan]
-    items = sum(probe.image_shards(args, "pretrain", resolution), [])
-    items = [item for item, out in zip(items, data.is_held_out([item.name for item in items])) if not out]
+    items = images_of(args, resolution, held_out=False)
     pool = lambda i: data.gather_frames(items, dvae.POOL, resolution, [args.seed, i, data.rank()], quiet=True)
     for config in (SMALL, LARGE):
         path = args.out / f"vqgan-{config.vocab_size}.pt"
@@ -636,9 +649,8 @@ def tokenizers_of(args, device):
     return pairs
 
 
-def ways_of(tokenizers, args):
+def ways_of(sets, args):
     """The rows of Table 3. Not in the paper: how large its patches are; here 8 x 8 pixels for `tiny`, else 16 x 16."""
-    sets = {name: probe.image_sets(args, *pair) for name, pair in tokenizers.items()}
     pixels = probe.image_sets(args, Pixels(), args.resolution if args.size == "tiny" else 2 * args.resolution)
     coarse, fine, *of_vqgans = sets.values()
     ways = [Way(f"dVAE-dVAE {args.side}", 53.2, coarse), Way(f"dVAE-dVAE {2 * args.side}", 61.2, fine)]
@@ -659,23 +671,19 @@ def main():
     args.side = args.resolution // dvae.DVAE.pixels_per_code
 
     tokenizers = tokenizers_of(args, device)
-    ways, rows = ways_of(tokenizers, args), []
-    for way in ways:
+    sets = {name: probe.image_sets(args, *pair) for name, pair in tokenizers.items()}
+    report = {"rows": []}
+    for way in ways_of(sets, args) if args.has_probe else ():
         runs = [run_way(way, seed, args, device) for seed in range(args.seed, args.seed + args.seeds)]
-        rows.append({"name": way.name, "paper": way.paper} | {key: [run[key] for run in runs] for key in runs[0]})
+        row = {"name": way.name, "paper": way.paper} | {key: [run[key] for run in runs] for key in runs[0]}
+        report["rows"].append(row)
     if data.rank() > 0:
         return
-    sets = ways[0].probe_sets()
-    report = {"rows": rows, "depth": round(9 / 16 * toto.SIZES[args.size].n_layers)}
-    report |= {"chance": 1 / len(*sets[0].classes.values()), "raw_pixels": raw_pixels(sets, args, device)}
+    if args.has_probe:
+        report |= {"depth": round(9 / 16 * toto.SIZES[args.size].n_layers), "floor": floor(sets["dVAE"], args, device)}
     report["tokenizers"] = {name: measure(*pair, args) for name, pair in tokenizers.items()}
-    report["grams"] = {}
-    for name, way in zip(tokenizers, ways):
-        if name != "dVAE, finer":  # the figures have 16 x 16 codes alone, and at most 10,000 images
-            tokens = way.codes["pretrain"]
-            some = np.linspace(0, len(tokens) - 1, min(len(tokens), 10_000)).astype(int)
-            codes = np.concatenate([tokens.codes(image, 0, 1) for image in some])
-            report["grams"][name] = describe(codes, tokens.meta["vocab_size"])
+    del sets["dVAE, finer"]  # the figures have 16 x 16 codes alone
+    report["grams"] = {name: describe(of_images["pretrain"]) for name, of_images in sets.items()}
     data.write_json(report, args.out / "table3.json")
     print_report(report)
     draw(plt, report["grams"], args.out / "table3.png")

@@ -411,6 +411,8 @@ def main():
     if args.benchmark:
         config = toto.SIZES[args.size]
         return print_benchmark(benchmark(config, device))
+    if not args.has_probe:
+        raise ValueError("--data needs --probe, a folder with train/<class>/* and val/<class>/*")
     data.start_processes(device)
     sets = probe.image_sets(args, train.study_tokenizer(args, device), args.resolution)
     rows = compare(sets, args, device)

@@ -16,7 +16,7 @@ import data
 import dvae
 import probe
 import toto
-from conftest import ROOT
+from conftest import ROOT, fake_tokens
 
 sys.path.insert(0, str(ROOT / "paper"))
 import table3_tokenizers as table3
@@ -41,7 +41,7 @@ def media(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ways(media, untrained_tokenizer, tmp_path_factory):
     args = SimpleNamespace(data=media / "images", probe=media / "task", out=tmp_path_factory.mktemp("out"), stride=4)
-    args.frames, args.side, args.size = 4, SIDE, "tiny"
+    args.frames, args.side, args.size, args.has_probe = 4, SIDE, "tiny", True
     codes, finer = (probe.image_sets(args, untrained_tokenizer, size) for size in (R, 2 * R))
     pixels = probe.image_sets(args, table3.Pixels(), R)
     ways = table3.Way("codes", 0, codes), table3.Way("finer", 0, finer)
@@ -126,7 +126,7 @@ def test_patches_go_in_and_come_out(ways):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_n_grams_by_hand():
+def test_n_grams_by_hand(tmp_path):
     """Pairs and triples of raster neighbours, rows wrapped, images apart; counted by Counter, most frequent first."""
     codes = np.random.default_rng(0).integers(4, size=(5, 3, 4), dtype=np.uint16)
     for n in (1, 2, 3):
@@ -134,8 +134,9 @@ def test_n_grams_by_hand():
         expected = Counter(tuple(image[i : i + n]) for image in flat for i in range(12 - n + 1))
         counts = table3.n_grams(codes, n, 4)
         assert counts.tolist() == sorted(expected.values(), reverse=True)
-    figures = table3.describe(np.zeros((2, 16, 16), np.uint16), 8192)
-    assert figures["places"] == [2 * 256, 2 * 255, 2 * 254] and figures["coverage"] == 1 / 8192
+    figures = table3.describe(fake_tokens(tmp_path / "tokens", [1, 1], grid=(16, 16)))
+    assert figures["places"] == [2 * 256, 2 * 255, 2 * 254] and figures["distinct"] == [2, 2, 2]
+    assert figures["coverage"] == 2 / 8192 and figures["shares"][0] == [0.5, 0.5]
 
 
 def run(monkeypatch, *arguments):
@@ -177,13 +178,17 @@ def test_from_images_to_the_table(media, tmp_path, monkeypatch, capsys, untraine
     assert (tmp_path / "out" / "table3.png").stat().st_size > 10_000
     assert not list((tmp_path / "out" / "runs").glob("*.pt"))
     out = capsys.readouterr().out
-    assert "patch-patch" in out and "60.6" in out and "chance 50.0%" in out
+    assert "patch-patch" in out and "60.6" in out and "raw pixels" in out and "50.0%" in out
+
+    del arguments[2:4]
+    run(monkeypatch, *arguments)  # without --probe the figures alone, of the same images
+    figures = json.loads((tmp_path / "out" / "table3.json").read_text())
+    assert figures["grams"] == report["grams"] and not figures["rows"] and len(calls) == n_calls
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--data", "IMAGES"], "--data needs --probe"),
         (["--probe", "IMAGES"], "no such folder; --probe needs train/<class>"),
         (["--vqgan", "IMAGES/0.png", "IMAGES/1.png"], "0.png is not a VQGAN checkpoint"),
         (["--data", "nowhere", "--probe", "TASK"], "nowhere"),

@@ -307,3 +307,10 @@ def test_the_rate_with_the_least_loss_is_taken(monkeypatch):
     assert [call for call in calls if call[0] == "Mamba"] == [
         ("Mamba", 0.1, 0), ("Mamba", 0.3, 0), ("Mamba", 0.9, 0), ("Mamba", 0.3, 1), ("Mamba", 0.3, 2)
     ]  # fmt: skip
+
+
+def test_a_task_is_needed(media, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
+    monkeypatch.setattr(sys, "argv", ["table6_architectures.py", "--data", str(media), "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="--data needs --probe"):
+        table6.main()
