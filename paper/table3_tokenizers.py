@@ -23,7 +23,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -56,8 +56,8 @@ class Config:
 
 
 # Not in the paper: narrow tokenizers that two cores train in minutes. Four groups are four channels each at the first
-# level and sixteen at the last, as in the published model. With few numbers in an embedding k-means covers them better.
-SMALL = Config(ch=16, blocks=1, z_channels=64, embed_dim=8, vocab_size=64, groups=4)
+# level and sixteen at the last, as in the published model.
+SMALL = Config(ch=16, blocks=1, z_channels=64, embed_dim=16, vocab_size=64, groups=4)
 LARGE = replace(SMALL, vocab_size=1024)
 
 
@@ -198,6 +198,7 @@ class VQGAN(nn.Module):
     def latents(self, frames):
         """uint8 frames (N, H, W, 3) -> float32 latents z (N, h, w, D). [0, 255] is mapped to [-1, 1]."""
         frames = torch.as_tensor(frames, device=self.quant_conv.weight.device)
+        # On a CPU, bfloat16 and channels_last make GroupNorm's backward pass 11 times as slow as this layout does.
         x = self.encoder((frames.permute(0, 3, 1, 2).to(self.compute_dtype) / 127.5 - 1).contiguous())
         weight = self.quant_conv.weight[:, :, 0, 0]  # as a matrix product, which GPUs do not round to TF32
         return F.linear(x.float().permute(0, 2, 3, 1), weight, self.quant_conv.bias)
@@ -309,8 +310,10 @@ def read_config(weights, groups):
     )
 
 
-# Not in the paper: what suits two cores. Of dvae's recipe only batch, rates and the share of the warm start matter.
-RECIPE = replace(dvae.LAPTOP, steps=600, batch=8, lr=2e-3, lr_end=4e-5, warm_start=0.3)
+# Not in the paper: what suits two cores. Of dvae's recipe, steps, batch, rates, clipping and the share of the warm
+# start are used. Many small steps do better than few large ones: with 1,024 codes, held-out photographs of 96 pixels
+# come out at 17.5 dB so, and at 16.7 dB after 600 steps of 8 frames.
+RECIPE = replace(dvae.LAPTOP, steps=1200, batch=4, lr=1e-3, lr_end=4e-5, warm_start=0.5)
 
 
 def train_vqgan(read_pool, config, recipe=RECIPE, seed=0, device=torch.device("cpu"), compute_dtype=torch.float32,
@@ -327,7 +330,7 @@ def train_vqgan(read_pool, config, recipe=RECIPE, seed=0, device=torch.device("c
     model = VQGAN(config, compute_dtype).to(device)
     for module in model.modules():
         if isinstance(module, ResnetBlock):
-            nn.init.zeros_(module.conv2.weight)  # each block begins as the identity: 1.1 dB after 400 steps
+            nn.init.zeros_(module.conv2.weight)  # blocks begin close to the identity: +1.1 dB after 400 steps
     read_pool, first = lru_cache(maxsize=1)(read_pool), dvae.warm_steps(recipe)
     optimizer, trained = dvae.start_phase(model, recipe, device, find_unused_parameters=True)  # the codebook, at first
     file = data.state_file(path, {"model": model, "optimizer": optimizer}, settings) if path else {}
