@@ -57,7 +57,7 @@ from toto import END, FIRST_CODE, IMAGE_START, VIDEO_START
 
 # Its names as a source: moving shapes, pairs of a frame and its mask (A.8), and single images.
 WORLD, WORLD_MASKS, WORLD_IMAGES = "world", "world-masks", "world-images"
-WORLD_CLIPS = 1600  # how many of them one trains on; of single images, four times as many
+WORLD_CLIPS, N_WORLD_IMAGES = 1600, 6400  # how many of them one trains on
 HELD_OUT = 0.05  # share of the clips of any source that is kept for validation
 SHAPES = {"I": ["1111"], "L": ["111", "100"], "S": ["011", "110"], "T": ["111", "010"]}  # of four cells each
 MOTIONS = ("up left", "up right", "down left", "down right")  # the moving object's step after the last frame
@@ -612,7 +612,7 @@ def shards_of(path, resolution, stride, n_frames):
     Those have 16 frames at least, so that shorter sequences are windows of them.
     """
     if is_world(path) and str(path) == WORLD_IMAGES:
-        return world_shards(range(4 * WORLD_CLIPS), resolution, 1, WORLD_IMAGES)
+        return world_shards(range(N_WORLD_IMAGES), resolution, 1, WORLD_IMAGES)
     if is_world(path):
         return world_shards(range(WORLD_CLIPS), resolution, max(n_frames, 16), str(path))
     return media_shards(path, resolution, stride)
@@ -824,7 +824,11 @@ def is_stop_asked(signals):
 
 
 def once(path, settings, work):
-    """What work() returns, kept in the JSON file `path`: a second call with the same settings reads it there."""
+    """What work() returns, kept in the JSON file `path`: a second call with the same settings reads it there.
+
+    Under torchrun all processes call it, and must do some of the work together, as a training does: then none of them
+    is so late that it finds the file of this very call.
+    """
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     if Path(path).exists():
         kept = json.loads(Path(path).read_text())

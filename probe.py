@@ -42,7 +42,7 @@ LAYER_DECAY = 0.9  # §4.2
 # Frozen features are computed once and kept, up to this size; beyond it they are computed anew in every epoch.
 KEEP_BYTES = 4 * 2**30
 WORLD_TRAIN, WORLD_VAL = range(1_000_000, 1_002_400), range(2_000_000, 2_000_600)  # clips no training ever sees
-WORLD_IMAGES = {"train": range(1_000_000, 1_002_000), "val": range(2_000_000, 2_001_000)}  # and images
+IMAGE_INDICES = {"train": range(1_000_000, 1_002_000), "val": range(2_000_000, 2_001_000)}  # and images
 
 
 class FeatureNorm(nn.Module):
@@ -472,7 +472,7 @@ def image_shards(args, split, resolution):
         return data.shards_of(args.data, resolution, args.stride, 1)
     if args.probe:
         return data.media_shards(Path(args.probe) / split, resolution, args.stride)
-    return data.world_shards(WORLD_IMAGES[split], resolution, 1, data.WORLD_IMAGES)
+    return data.world_shards(IMAGE_INDICES[split], resolution, 1, data.WORLD_IMAGES)
 
 
 def image_sets(args, tokenizer, resolution):
@@ -481,27 +481,27 @@ def image_sets(args, tokenizer, resolution):
     for split in ("pretrain", "train", "val") if args.has_probe else ("pretrain",):
         source = args.data if split == "pretrain" else Path(args.probe or data.WORLD_IMAGES) / split
         sets[split] = data.tokenize_cached(source, image_shards(args, split, resolution), *how)
+    if not data.is_held_out(sets["pretrain"].names).any():
+        raise ValueError(f"{args.data}: needs two readable images at least, since one is held out")
     return sets
 
 
 @torch.no_grad()
-def mean_features(model, split, device):
-    """§3.5's global average pooling: the mean of H_l over the tokens of each image, float32 (L + 1, N, D)."""
-    means = torch.zeros(model.config.n_layers + 1, len(split), model.config.dim)
-    for rows in torch.arange(data.rank(), len(split), data.world_size()).split(128):
-        for l, x in enumerate(model.residual_stream(split.inputs(rows).to(device).long())):
-            means[l, rows] = x[:, 1:].float().mean(dim=1).cpu()
-    if data.world_size() > 1:  # each process has filled in its own rows
-        dist.all_reduce(means, group=data.PATIENT)
-    return means
+def mean_features(model, split, rows, device):
+    """§3.5's global average pooling: the mean of H_l over the tokens of some images, float32 (L + 1, len(rows), D)."""
+    means = []
+    for some in rows.split(128):
+        stream = model.residual_stream(split.inputs(some).to(device).long())
+        means.append(torch.stack([x[:, 1:].float().mean(dim=1).cpu() for x in stream]))
+    return torch.cat(means, dim=1)
 
 
 def linear_probe(x, y, x_val, y_val, n_classes):
     """Top-1 of logistic regression on vectors x (N, D) with classes y (N,), on others.
 
-    Not in the paper: to convergence, by L-BFGS, so that no rate or number of epochs favours features whose directions
-    differ less in scale: Adam is 20 points lower on the world after 100 epochs, and after 400 still 10. The weights'
-    squares are added with 1e-5, on features of unit variance.
+    Not in the paper: by L-BFGS, up to 200 iterations, so that no rate or number of epochs favours features whose
+    directions differ less in scale. On the world Adam is 20 points lower after 100 epochs, and still 10 after 400. The
+    weights' squares are added with 1e-5, on features of unit variance.
     """
     mean, scale = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, x_val, classifier = (x - mean) / scale, (x_val - mean) / scale, nn.Linear(x.shape[1], n_classes).to(x.device)
@@ -520,11 +520,42 @@ def linear_probe(x, y, x_val, y_val, n_classes):
 
 
 def linear_probes(model, sets, device):
-    """§3.5's linear probes of all layers: [top-1 of layer 0, 1, … L], learned from the first of two sets of a task."""
-    ((task, names),) = sets[0].classes.items()
+    """§3.5's linear probes of all layers: [top-1 of layer 0, 1, … L], learned from the first of two sets of a task.
+
+    Under torchrun each process passes its share of the images through the model, and fits its share of the layers.
+    """
+    ((task, names),), rank, n, mine = sets[0].classes.items(), data.rank(), data.world_size(), {}
+    shares = [torch.arange(rank, len(split), n) for split in sets]
+    parts = [mean_features(model, split, rows, device) for split, rows in zip(sets, shares)]
+    for l in range(len(parts[0])):
+        of_layer = [torch.zeros(len(split), part.shape[2]) for split, part in zip(sets, parts)]
+        for whole, part, rows in zip(of_layer, parts, shares):
+            whole[rows] = part[l]
+            if n > 1:
+                dist.reduce(whole, l % n, group=data.PATIENT)
+        if l % n == rank:
+            mine[l] = of_layer
+    top1 = torch.zeros(len(parts[0]), dtype=torch.float64)
     y, y_val = (split.labels[task].to(device) for split in sets)
-    of_layers = zip(*(mean_features(model, split, device) for split in sets))
-    return [linear_probe(x.to(device), y, x_val.to(device), y_val, len(names)) for x, x_val in of_layers]
+    for l, (x, x_val) in mine.items():
+        top1[l] = linear_probe(x.to(device), y, x_val.to(device), y_val, len(names))
+    if n > 1:
+        dist.all_reduce(top1, group=data.PATIENT)
+    return top1.tolist()
+
+
+def floor_and_ceiling(sets, args, device):
+    """{what: top-1}: chance, a linear classifier on the pixels if memory holds them, and what could be known."""
+    split = ProbeSet(sets["train"], 1)
+    labelled = split, ProbeSet(sets["val"], 1, classes=split.classes)
+    ((task, names),) = split.classes.items()
+    found = {"chance": 1 / len(names)}
+    if 24 * args.resolution**2 * len(split) <= KEEP_BYTES:  # as float32, twice
+        items = (sum(image_shards(args, name, args.resolution), []) for name in ("train", "val"))
+        x, x_val = (Pixels(s, some, args.resolution).x[:, 0].float() / 255 for s, some in zip(labelled, items))
+        y, y_val = (s.labels[task] for s in labelled)
+        found["raw pixels"] = linear_probe(*(t.to(device) for t in (x, y, x_val, y_val)), len(names))
+    return found | ({"ceiling: every object is whole": 1.0} if not args.probe else {})
 
 
 def print_table(results, classes, n_layers):

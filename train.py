@@ -61,7 +61,7 @@ def make_optimizer(model, lr):
     `lr_scale` is what µP multiplies the learning rate of the blocks' matrices by (A.5, Fig. 11), 1 otherwise. A step
     shrinks a matrix by rate · decay: divided by the same number, the decay stays what it is at the base width.
     """
-    is_vector = lambda p: p.dim() < 2 or hasattr(p, "no_weight_decay")  # the latter in other architectures (Table 6)
+    is_vector = lambda p: p.dim() < 2 or hasattr(p, "no_weight_decay")  # which Mamba has (Table 6)
     blocks, ratio = [p for p in model.blocks.parameters() if not is_vector(p)], model.config.mup_ratio
     others = [p for p in model.parameters() if not is_vector(p) and all(p is not q for q in blocks)]  # the embedding
     vectors = [p for p in model.parameters() if is_vector(p)]
@@ -134,13 +134,13 @@ def fit(model, read_batch, args, device, path, settings, title):
     """
     trained, optimizer = distribute(model, args, device), make_optimizer(model, args.lr)
     file = data.state_file(path, {"model": model, "optimizer": optimizer}, settings)
-    for step, bar in data.resumable_steps(title, args.steps, **file):
+    for step, bar in data.resumable_steps(title, args.steps, **file, save_every=args.save_every):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["lr_scale"]
         loss, grad_norm = take_step(trained, optimizer, read_batch(step), args.micro_batch, device).tolist()
         if not math.isfinite(loss + grad_norm):
-            words = f"{title}, step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}; try a lower --lr"
-            raise FloatingPointError(words)
+            words = f"{title}, step {step + 1}: the loss is {loss}, its gradient {grad_norm:.3g}"
+            raise FloatingPointError(f"{words}; try a lower --lr, in another --out")
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
 
@@ -708,12 +708,24 @@ def parse_study(parser, out, steps):
     defaults = LAPTOP | {"steps": steps} if args.size == "tiny" else PAPER | {"steps": 125_113}
     for name, value in defaults.items():
         setattr(args, name, getattr(args, name, None) or value)
+    if data.is_world(args.data) and args.data != data.WORLD_IMAGES:
+        raise ValueError(f"--data {args.data}: has videos; of the built-in world these are for {data.WORLD_IMAGES}")
     args.has_probe = args.probe is not None or data.is_world(args.data)
     for folder in [Path(args.probe) / split for split in ("train", "val")] if args.probe else []:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; --probe needs train/<class>/* and val/<class>/*")
     args.compile, args.shard, args.recompute, args.stride = False, False, False, 4
     return args
+
+
+def kept_run(args, name, settings, work):
+    """What work(state, settings) gives, done once and kept in --out/runs; `state` is where `fit` keeps its own."""
+    keys = "data", "probe", "resolution", "size", "steps", "batch_tokens", "lr"
+    settings |= {key: getattr(args, key) for key in keys}
+    path = args.out / "runs" / f"{name.replace(' ', '-')}.json"
+    result = data.once(path, settings, lambda: work(path.with_suffix(".pt"), settings))
+    path.with_suffix(".pt").unlink(missing_ok=True)
+    return result
 
 
 def study_tokenizer(args, device):

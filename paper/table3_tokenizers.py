@@ -9,7 +9,8 @@
 One trunk sees the same images in the same order in six ways: codes in and out, of the dVAE at two resolutions and of
 two VQGANs; patches in and out; patches in and codes out. Linear probes say how good its features then are. Prints the
 paper's table beside ours and the figures of the tokenizers' n-grams, and writes table3.json and table3.png to --out,
-where the trained VQGANs stay too; run again, it resumes where it stopped.
+where the trained VQGANs stay too; run again, it resumes where it stopped. For the rows of patches the images are kept
+as pixels in --out: 252 GB for ImageNet at 256 pixels.
 
 From top to bottom: the VQGAN of "Taming Transformers" (Esser et al., 2020, f = 16), reading taming's checkpoints,
 training a narrow one, the ways to feed a trunk, a run, the n-grams, the program.
@@ -69,7 +70,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Norm(nn.GroupNorm):
-    """The same of GroupNorm, which takes means over (C / groups, H, W)."""
+    """GroupNorm, over (C / groups, H, W), in the dtype of its input likewise."""
 
     def __init__(self, groups, channels):
         super().__init__(groups, channels, eps=1e-6)
@@ -128,7 +129,7 @@ def middle(n, groups):
 
 
 def halve(n):
-    """(N, n, H, W) -> (N, n, H/2, W/2), with zeros to the right and below alone."""
+    """(N, n, H, W) -> (N, n, H/2, W/2), padded with zeros on the right and at the bottom only, as in taming."""
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=Conv2d(n, n, 3, stride=2)))
 
 
@@ -198,7 +199,7 @@ class VQGAN(nn.Module):
     def latents(self, frames):
         """uint8 frames (N, H, W, 3) -> float32 latents z (N, h, w, D). [0, 255] is mapped to [-1, 1]."""
         frames = torch.as_tensor(frames, device=self.quant_conv.weight.device)
-        # On a CPU, bfloat16 and channels_last make GroupNorm's backward pass 11 times as slow as this layout does.
+        # On a CPU, GroupNorm in bfloat16, there and back, takes 11 times as long in channels_last as in this layout.
         x = self.encoder((frames.permute(0, 3, 1, 2).to(self.compute_dtype) / 127.5 - 1).contiguous())
         weight = self.quant_conv.weight[:, :, 0, 0]  # as a matrix product, which GPUs do not round to TF32
         return F.linear(x.float().permute(0, 2, 3, 1), weight, self.quant_conv.bias)
@@ -249,7 +250,7 @@ class Inert:
 
 
 class InertDict:
-    """The same for classes of dictionaries, which are then filled: makes a plain one."""
+    """Stands in for classes of dictionaries: gives a plain one, which is then filled."""
 
     def __new__(cls, *args):
         return OrderedDict()
@@ -265,10 +266,10 @@ def names_in(path):
     return [name.replace("__builtin__.", "builtins.") for name in names]  # called so since Python 3
 
 
-def save(model, path):
-    """Write a model in taming's layout, with the number of groups beside it, which no shape tells."""
+def save(model, path, settings={}):
+    """Write a model in taming's layout; beside it how it was made, and the number of groups, which no shape tells."""
     with data.atomic_open(path) as file:
-        torch.save({"state_dict": model.state_dict(), "groups": model.config.groups}, file)
+        torch.save({"state_dict": model.state_dict(), "groups": model.config.groups, "settings": settings}, file)
 
 
 def load_vqgan(path, device="cpu", compute_dtype=torch.float32):
@@ -361,7 +362,7 @@ def codebook_loss(z, e):
 @torch.no_grad()
 def place_codes(model, frames, seed):
     """Make the codebook centres of the latents of uint8 frames (N, H, W, 3), the same in all processes."""
-    frames = np.random.default_rng(seed).permutation(frames)[:1000]
+    frames = frames[np.random.default_rng(seed).permutation(len(frames))[:1000]]
     z = torch.cat([model.latents(frames[i : i + 32]).flatten(0, 2) for i in range(0, len(frames), 32)])
     codebook, _ = dvae.k_means(z, model.config.vocab_size, torch.Generator().manual_seed(seed))
     model.quantize.embedding.weight.copy_(codebook)
@@ -369,8 +370,8 @@ def place_codes(model, frames, seed):
         torch.distributed.broadcast(model.quantize.embedding.weight, 0)
 
 
-# The four ways to feed a trunk and to ask it.
-class Pixels:
+# The ways to feed a trunk and to ask it.
+class PixelCodec:
     """A "tokenizer" that loses nothing: two bytes of a row of pixels are a code, so that token folders can hold pixels.
 
     So patches come from the same images, in the same order and sequences, as the codes of every other tokenizer.
@@ -390,7 +391,7 @@ class Pixels:
 
 
 def patch_rows(pixels, ids, h):
-    """Frames as `Pixels` keeps them, uint16 (F, R, 3R/2), and the ids of their codes, one (T,) for h · h patches each.
+    """Frames as `PixelCodec` keeps them, uint16 (F, R, 3R/2), and ids (T,) of the codes of their h · h patches each.
 
     One row for each place of the sequence: the pixels of a patch and then the id of its code, int16 (T, 3 (R/h)² + 1).
     The start, row 0, has no pixels, nor has the end, if the ids have one.
@@ -412,13 +413,17 @@ class PatchToto(toto.Toto):
     """The same trunk over continuous patches: it takes rows of `patch_rows` in place of ids.
 
     patch→patch regresses the normalised pixels of the next patch by squared error; patch→dVAE classifies its code by
-    Eq. 2. Not in the paper: a linear embedding with a bias, as in MAE, and a learned vector for the start.
+    Eq. 2. Not in the paper: a linear embedding with a bias, as in MAE, and a learned vector for the start, all of which
+    begin at the scale of the codes' embeddings, 0.02. torch's own scale is 30 times that, beside which the first steps
+    of the blocks would be nothing.
     """
 
     def __init__(self, config, n_pixels, predicts_pixels, compute_dtype=torch.float32):
         super().__init__(config, compute_dtype)
         self.start = nn.Parameter(0.02 * torch.randn(config.dim))
         self.patch_in = nn.Linear(n_pixels, config.dim)
+        nn.init.normal_(self.patch_in.weight, std=0.02 / math.sqrt(n_pixels))
+        nn.init.zeros_(self.patch_in.bias)
         self.patch_out = nn.Linear(config.dim, n_pixels) if predicts_pixels else None
         if predicts_pixels:
             del self.embedding  # no codes go in or come out
@@ -456,8 +461,13 @@ class Way:
     name: str
     paper: float  # top-1 on ImageNet
     codes: dict  # what is given, where that is not patches, and asked for, where that is not pixels
-    pixels: dict = None  # of `Pixels`, where patches are given
+    pixels: dict = None  # of `PixelCodec`, where patches are given
     predicts_pixels: bool = False
+
+    def __post_init__(self):
+        for split in self.pixels or ():
+            if self.pixels[split].names != self.codes[split].names:
+                raise ValueError(f"{self.pixels[split].folder}: has other images than {self.codes[split].folder}")
 
     @property
     def side(self):
@@ -481,8 +491,9 @@ class Way:
     def sequences(self, args, seed, held_out=False):
         """(how many sequences a pass has, a function that gives the i-th of them, (parts, T + 1) or rows of patches).
 
-        All rows of the table see the same images in the same order. Not in the paper: at a finer grid the images of a
-        sequence are split over several, so that all contexts are as long: Table 4's compute says so.
+        All rows of the table see the same images in the same order. Not in the paper: at a finer grid, where an image
+        has four times as many codes, a sequence is cut into four of a quarter of the images, so that no context is
+        longer than another. Table 4 gives dVAE/32 four times the compute of dVAE/16, not more: so it was there too.
         """
         source = lambda tokens: data.Source(tokens["pretrain"], args.frames, held_out=held_out)
         codes = data.Mixture([source(self.codes)], [1.0], seed)
@@ -502,13 +513,8 @@ class Way:
 
 def run_way(way, seed, args, device):
     """Pre-train and probe -> {"loss" on held-out images, "top1" of each layer, "untrained": that before training}."""
-    settings = {"way": way.name, "tokenizer": way.codes["pretrain"].meta["tokenizer"], "seed": seed}
-    of_args = ("data", "probe", "resolution", "size", "steps", "batch_tokens", "lr")
-    settings |= {name: getattr(args, name) for name in of_args}
-    path, title = args.out / "runs" / f"{way.name.replace(' ', '-')}-{seed}.json", f"{way.name}, seed {seed}"
-    state = path.with_suffix(".pt")
 
-    def work():
+    def work(state, settings):
         torch.manual_seed(seed)
         model, sets = way.model(args, device), way.probe_sets()
         untrained = probe.linear_probes(model, sets, device)
@@ -516,7 +522,7 @@ def run_way(way, seed, args, device):
         n = train.sequences_in_a_step(args, args.side**2, data.world_size())
         share = lambda step: range(step * n + data.rank(), (step + 1) * n, data.world_size())
         read_batch = lambda step: torch.from_numpy(np.concatenate([sequence(i) for i in share(step)]))
-        train.fit(model, read_batch, args, device, state, settings, title)
+        train.fit(model, read_batch, args, device, state, settings, f"{way.name}, seed {seed}")
         top1 = probe.linear_probes(model, sets, device)
         n_held_out, sequence = way.sequences(args, seed, held_out=True)
         held_out = [torch.from_numpy(sequence(i)).to(device) for i in range(min(n_held_out, 32))]
@@ -524,12 +530,11 @@ def run_way(way, seed, args, device):
             loss = np.mean([model(rows[:, :-1], rows[:, 1:]).item() for rows in held_out])
         return {"loss": float(loss), "top1": top1, "untrained": untrained}
 
-    result = data.once(path, settings, work)
-    state.unlink(missing_ok=True)
-    return result
+    settings = {"way": way.name, "tokenizer": way.codes["pretrain"].meta["tokenizer"], "seed": seed}
+    return train.kept_run(args, f"{way.name}-{seed}", settings, work)
 
 
-# Figures 3, 12 and 13.
+# Fig. 3, Fig. 12 and Fig. 13.
 def n_grams(codes, n, vocab_size):
     """How often each sequence of n raster neighbours occurs in codes (N, h, w), most frequent first.
 
@@ -558,7 +563,7 @@ def describe(tokens, n_images=10_000):
 
 
 def draw(plt, grams, path):
-    """Figs. 3, 12 and 13: sorted shares of all 1-, 2- and 3-grams, a line for each tokenizer, on double log axes."""
+    """Fig. 3, Fig. 12 and Fig. 13: sorted shares of all n-grams for n = 1, 2, 3, a line for each tokenizer."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
     for n, axis in enumerate(axes):
         for name, g in grams.items():
@@ -573,40 +578,28 @@ def draw(plt, grams, path):
 def print_report(report):
     """Table 3, the paper's beside ours: means over seeds and their 95 % intervals; then Figs. 3, 12, 13 in numbers."""
     show = lambda values: "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in probe.over_seeds(values)))
-    columns, depth = "{:<24}" + 5 * "{:<24}", report.get("depth")
+    columns, depth = "{:<12}{:<7}{:<12}{:<7}" + 4 * "{:<25}" + "{}", report.get("depth")
     if report["rows"]:
-        n_seeds, heads = len(report["rows"][0]["loss"]), ("less the first row's", "best layer", "untrained, best layer")
+        n_seeds, bests = len(report["rows"][0]["loss"]), ("best layer", "untrained, best layer")
         print(f"\nTable 3: top-1 of linear probes in %, means of {n_seeds} seeds and 95 % intervals")
-        print(columns.format("input-target, grid", "paper (its layer 9)", f"layer {depth}", *heads))
+        heads = "paper", f"layer {depth}", "less the first row's", *bests, "loss: nats, or squared error"
+        print(columns.format("in-out", "grid", "vocabulary", *heads))
     for row in report["rows"]:
         at = lambda key, l: [top1[l] for top1 in row[key]]
         best, of_untrained = (int(np.argmax(np.mean(row[key], axis=0))) for key in ("top1", "untrained"))
         gain = [top1[depth] - first[depth] for top1, first in zip(row["top1"], report["rows"][0]["top1"])]
         bests = f"{show(at('top1', best))}, {best}", f"{show(at('untrained', of_untrained))}, {of_untrained}"
-        print(columns.format(row["name"], row["paper"], show(at("top1", depth)), show(gain), *bests))
-    for name, top1 in report.get("floor", {}).items():
-        print(columns.format(name, "", f"{top1:.1%}", "", "", ""))
+        what = row["name"], f"{row['side']}x{row['side']}", row["vocabulary"] or "-", row["paper"]
+        print(columns.format(*what, show(at("top1", depth)), show(gain), *bests, f"{np.mean(row['loss']):.3f}"))
+    for name, top1 in report.get("bounds", {}).items():
+        print(f"{name}: {100 * top1:.1f}")
     print("\nFigs. 3, 12, 13: n-grams of the codes, and what the tokenizers keep of unseen images")
     columns = "{:<18}" + 6 * "{:<16}"
     print(columns.format("tokenizer", "vocabulary", "coverage", "distinct pairs", "triples", "PSNR", "perplexity"))
     for name, kept in report["tokenizers"].items():
-        g = report["grams"].get(name, {"vocabulary": "", "coverage": math.nan, "distinct": 3 * [""]})
-        cells = g["vocabulary"], f"{g['coverage']:.1%}", *g["distinct"][1:]
+        g = report["grams"].get(name)
+        cells = (g["vocabulary"], f"{g['coverage']:.1%}", *g["distinct"][1:]) if g else 4 * ("",)
         print(columns.format(name, *cells, f"{kept['psnr']:.1f} dB", f"{kept['perplexity']:.0f}"))
-
-
-def floor(sets, args, device):
-    """{name: top-1}: what chance gives, and a linear classifier on the pixels themselves where memory holds them."""
-    split = probe.ProbeSet(sets["train"], 1)
-    labelled = split, probe.ProbeSet(sets["val"], 1, classes=split.classes)
-    ((task, names),) = split.classes.items()
-    found = {"chance": 1 / len(names)}
-    if 3 * args.resolution**2 * len(split) <= probe.KEEP_BYTES:
-        items = (sum(probe.image_shards(args, name, args.resolution), []) for name in ("train", "val"))
-        pixels = [probe.Pixels(split, some, args.resolution) for split, some in zip(labelled, items)]
-        (x, x_val), (y, y_val) = ([p.x[:, 0].float() / 255 for p in pixels], [s.labels[task] for s in labelled])
-        found["raw pixels"] = probe.linear_probe(*(t.to(device) for t in (x, y, x_val, y_val)), len(names))
-    return found
 
 
 def images_of(args, resolution, held_out):
@@ -625,20 +618,33 @@ def vqgans(args, resolution, device):
     """Those of --vqgan, or a small and a large one, trained first on --data where they are missing in --out."""
     how = device, data.fast_dtype(device)
     if args.vqgan:
-        return [load_vqgan(path, *how) for path in args.vqgan]
+        models = [load_vqgan(path, *how) for path in args.vqgan]
+        if {model.pixels_per_code for model in models} != {16} or len({m.config.vocab_size for m in models}) < 2:
+            raise ValueError("--vqgan needs two models with f = 16, of different vocabularies")
+        return models
     items = images_of(args, resolution, held_out=False)
-    pool = lambda i: data.gather_frames(items, dvae.POOL, resolution, [args.seed, i, data.rank()], quiet=True)
+    # A batch that the processes cannot share is made larger, as for the dVAE.
+    recipe = replace(RECIPE, steps=args.vqgan_steps, batch=math.lcm(RECIPE.batch, data.world_size()))
+    settings, models = {"data": args.data, "resolution": resolution, "seed": args.seed, "steps": recipe.steps}, []
+
+    def read_pool(i):
+        frames = data.gather_frames(items, dvae.POOL, resolution, [args.seed, i, data.rank()], quiet=True)
+        data.wait_for_all()  # for the slowest disk
+        return frames
+
     for config in (SMALL, LARGE):
         path = args.out / f"vqgan-{config.vocab_size}.pt"
-        state, recipe = path.with_suffix(".training"), replace(RECIPE, steps=args.vqgan_steps)
-        settings = {"data": args.data, "resolution": resolution, "seed": args.seed, "steps": recipe.steps}
+        state = path.with_suffix(".training")
         if not path.exists():
-            model = train_vqgan(pool, config, recipe, args.seed, *how, state, settings)
+            model = train_vqgan(read_pool, config, recipe, args.seed, *how, state, settings)
             if data.rank() == 0:
-                save(model, path)
+                save(model, path, settings)
             data.wait_for_all()
+        made = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+        data.check_same(path, made, settings, "remove it, or give another --out")
         state.unlink(missing_ok=True)
-    return [load_vqgan(args.out / f"vqgan-{config.vocab_size}.pt", *how) for config in (SMALL, LARGE)]
+        models.append(load_vqgan(path, *how))
+    return models
 
 
 def tokenizers_of(args, device):
@@ -654,9 +660,9 @@ def tokenizers_of(args, device):
 
 def ways_of(sets, args):
     """The rows of Table 3. Not in the paper: how large its patches are; here 8 x 8 pixels for `tiny`, else 16 x 16."""
-    pixels = probe.image_sets(args, Pixels(), args.resolution if args.size == "tiny" else 2 * args.resolution)
+    pixels = probe.image_sets(args, PixelCodec(), args.resolution if args.size == "tiny" else 2 * args.resolution)
     coarse, fine, *of_vqgans = sets.values()
-    ways = [Way(f"dVAE-dVAE {args.side}", 53.2, coarse), Way(f"dVAE-dVAE {2 * args.side}", 61.2, fine)]
+    ways = [Way("dVAE-dVAE", 53.2, coarse), Way("dVAE-dVAE finer", 61.2, fine)]
     for vqgan, paper in zip(of_vqgans, (61.1, 61.3)):
         ways.append(Way(f"VQGAN-VQGAN {vqgan['pretrain'].meta['vocab_size']}", paper, vqgan))
     return ways + [Way("patch-patch", 60.6, coarse, pixels, True), Way("patch-dVAE", 58.5, coarse, pixels)]
@@ -678,12 +684,14 @@ def main():
     report = {"rows": []}
     for way in ways_of(sets, args) if args.has_probe else ():
         runs = [run_way(way, seed, args, device) for seed in range(args.seed, args.seed + args.seeds)]
-        row = {"name": way.name, "paper": way.paper} | {key: [run[key] for run in runs] for key in runs[0]}
-        report["rows"].append(row)
+        vocab_size = None if way.predicts_pixels else way.codes["pretrain"].meta["vocab_size"]
+        row = {"name": way.name.split()[0], "side": way.side, "vocabulary": vocab_size, "paper": way.paper}
+        report["rows"].append(row | {key: [run[key] for run in runs] for key in runs[0]})
     if data.rank() > 0:
         return
     if args.has_probe:
-        report |= {"depth": round(9 / 16 * toto.SIZES[args.size].n_layers), "floor": floor(sets["dVAE"], args, device)}
+        report["depth"] = round(9 / 16 * toto.SIZES[args.size].n_layers)
+        report["bounds"] = probe.floor_and_ceiling(sets["dVAE"], args, device)
     report["tokenizers"] = {name: measure(*pair, args) for name, pair in tokenizers.items()}
     del sets["dVAE, finer"]  # the figures have 16 x 16 codes alone
     report["grams"] = {name: describe(of_images["pretrain"]) for name, of_images in sets.items()}

@@ -16,7 +16,9 @@ import data
 import dvae
 import probe
 import toto
-from conftest import ROOT, fake_tokens
+import train
+from conftest import PAIR, ROOT, fake_tokens
+from conftest import run as run_program
 
 sys.path.insert(0, str(ROOT / "paper"))
 import table3_tokenizers as table3
@@ -43,15 +45,15 @@ def ways(media, untrained_tokenizer, tmp_path_factory):
     args = SimpleNamespace(data=media / "images", probe=media / "task", out=tmp_path_factory.mktemp("out"), stride=4)
     args.frames, args.side, args.size, args.has_probe = 4, SIDE, "tiny", True
     codes, finer = (probe.image_sets(args, untrained_tokenizer, size) for size in (R, 2 * R))
-    pixels = probe.image_sets(args, table3.Pixels(), R)
+    pixels = probe.image_sets(args, table3.PixelCodec(), R)
     ways = table3.Way("codes", 0, codes), table3.Way("finer", 0, finer)
     return args, *ways, table3.Way("regress", 0, codes, pixels, True), table3.Way("classify", 0, codes, pixels)
 
 
 def test_pixels_are_kept_as_they_are():
     frames = np.random.default_rng(0).integers(256, size=(3, R, R, 3), dtype=np.uint8)
-    codes = table3.Pixels().encode(frames)
-    assert list(codes.shape[1:]) == table3.Pixels().grid(R) and codes.min() >= 0 and codes.max() < 2**16
+    codes = table3.PixelCodec().encode(frames)
+    assert list(codes.shape[1:]) == table3.PixelCodec().grid(R) and codes.min() >= 0 and codes.max() < 2**16
     ids = np.arange(10, 10 + 3 * SIDE**2 + 2)
     rows = table3.patch_rows(codes.numpy().astype(np.uint16), ids, SIDE)
     assert (rows[:, -1] == ids).all() and not rows[[0, -1], :-1].any()
@@ -145,7 +147,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_from_images_to_the_table(media, tmp_path, monkeypatch, capsys, untrained_tokenizer):
-    """All of it, tiny, stopped in the middle of a run and resumed: every row has every seed, and nothing runs twice."""
+    """All of it, tiny: stopped within a run and resumed, and in two processes, the rows are the same."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     dvae.save(untrained_tokenizer, tmp_path / "dvae.pt")
     small = table3.Config(ch=4, ch_mult=(1, 1, 1, 1, 1), blocks=1, z_channels=8, embed_dim=4, vocab_size=8, groups=1)
@@ -153,42 +155,73 @@ def test_from_images_to_the_table(media, tmp_path, monkeypatch, capsys, untraine
         torch.manual_seed(0)
         table3.save(table3.VQGAN(table3.replace(small, vocab_size=vocab_size)), tmp_path / f"{vocab_size}.ckpt")
     arguments = ["--data", media / "images", "--probe", media / "task", "--tokenizer", tmp_path / "dvae.pt", "--vqgan"]
-    arguments += [tmp_path / "8.ckpt", tmp_path / "16.ckpt", "--resolution", R, "--out", tmp_path / "out", "--steps", 3]
-    arguments += ["--seeds", 2, "--batch-tokens", 128]
-    read, calls = data.Mixture.sequence, []
+    arguments += [tmp_path / "8.ckpt", tmp_path / "16.ckpt", "--resolution", R, "--steps", 3, "--seeds", 1, "--seed", 1]
+    arguments += ["--batch-tokens", 256, "--micro-batch", 2, "--lr", 0.002, "--device", "cpu", "--out"]
+    steps, take_step = [], train.take_step
 
-    def stop_once(self, i):
-        calls.append(i)
-        if len(calls) == 17:
+    def take_step_and_stop_once(*inputs):
+        steps.append(1)
+        if len(steps) == 3 * 6 + 5:  # the second step of a run, after one of the same command without a stop
             os.kill(os.getpid(), signal.SIGINT)
-        return read(self, i)
+        return take_step(*inputs)
 
-    monkeypatch.setattr(data.Mixture, "sequence", stop_once)
+    def report(name):
+        return json.loads((tmp_path / name / "table3.json").read_text())
+
+    monkeypatch.setattr(train, "take_step", take_step_and_stop_once)
+    run(monkeypatch, *arguments, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, *arguments)
-    run(monkeypatch, *arguments)
-    n_calls = len(calls)
-    run(monkeypatch, *arguments)
-    assert len(calls) == n_calls  # all is kept
-    report = json.loads((tmp_path / "out" / "table3.json").read_text())
-    names = [row["name"] for row in report["rows"]]
-    assert names == ["dVAE-dVAE 4", "dVAE-dVAE 8", "VQGAN-VQGAN 8", "VQGAN-VQGAN 16", "patch-patch", "patch-dVAE"]
-    for row in report["rows"]:
-        assert np.shape(row["top1"]) == (2, 5) and np.isfinite(row["loss"]).all()
-    assert (tmp_path / "out" / "table3.png").stat().st_size > 10_000
-    assert not list((tmp_path / "out" / "runs").glob("*.pt"))
-    out = capsys.readouterr().out
-    assert "patch-patch" in out and "60.6" in out and "raw pixels" in out and "50.0%" in out
+        run(monkeypatch, *arguments, tmp_path / "stopped")
+    run(monkeypatch, *arguments, tmp_path / "stopped")
+    assert len(steps) == 2 * 3 * 6 and report("stopped") == report("whole")
+    run(monkeypatch, *arguments, tmp_path / "stopped")
+    assert len(steps) == 2 * 3 * 6  # all is kept
+    with pytest.raises(ValueError, match="its lr is 0.002, here it is 0.1"):
+        run(monkeypatch, *arguments, tmp_path / "stopped", "--lr", 0.1)
 
-    del arguments[2:4]
-    run(monkeypatch, *arguments)  # without --probe the figures alone, of the same images
-    figures = json.loads((tmp_path / "out" / "table3.json").read_text())
-    assert figures["grams"] == report["grams"] and not figures["rows"] and len(calls) == n_calls
+    rows = report("whole")["rows"]
+    names = [(row["name"], row["side"], row["vocabulary"]) for row in rows]
+    of_dvae, of_vqgan = "dVAE-dVAE", "VQGAN-VQGAN"
+    assert names[:4] == [(of_dvae, 4, 32), (of_dvae, 8, 32), (of_vqgan, 4, 8), (of_vqgan, 4, 16)]
+    assert names[4:] == [("patch-patch", 4, None), ("patch-dVAE", 4, 32)]
+    for row in rows:
+        assert np.shape(row["top1"]) == np.shape(row["untrained"]) == (1, 5) and np.isfinite(row["loss"]).all()
+    assert (tmp_path / "whole" / "table3.png").stat().st_size > 10_000
+    assert not list((tmp_path / "whole" / "runs").glob("*.pt"))
+    out = capsys.readouterr().out
+    assert "patch-patch" in out and "60.6" in out and "raw pixels" in out and "chance: 50.0" in out
+
+    figures = [a for a in arguments if a not in ("--probe", media / "task")]
+    run(monkeypatch, *figures, tmp_path / "whole")  # without --probe the figures alone, of the same images
+    assert report("whole")["grams"] == report("stopped")["grams"] and not report("whole")["rows"]
+
+    run_program(["paper/table3_tokenizers.py", *map(str, arguments), str(tmp_path / "pair")], PAIR)
+    for one, two in zip(rows, report("pair")["rows"]):
+        np.testing.assert_allclose(one["loss"], two["loss"], rtol=0.01)
+        np.testing.assert_allclose(one["untrained"], two["untrained"], atol=0.06)  # one image of 40 is 0.025
+
+
+def test_vqgans_are_trained_once(media, tmp_path, monkeypatch):
+    """Where --vqgan gives none they stay in --out, and other settings are refused there."""
+    monkeypatch.setattr(table3, "LARGE", table3.replace(table3.SMALL, vocab_size=16))
+    args = SimpleNamespace(data=str(media / "images"), out=tmp_path, seed=0, vqgan=None, vqgan_steps=2, stride=4)
+    device, first = torch.device("cpu"), table3.vqgans
+    models = first(args, R, device)
+    assert [model.config.vocab_size for model in models] == [64, 16] and not list(tmp_path.glob("*.training*"))
+    monkeypatch.setattr(table3, "train_vqgan", None)
+    assert [model.fingerprint() for model in first(args, R, device)] == [model.fingerprint() for model in models]
+    args.vqgan_steps = 3
+    with pytest.raises(ValueError, match="its steps is 2, here it is 3; remove it"):
+        first(args, R, device)
+    args.vqgan = 2 * [tmp_path / "vqgan-64.pt"]
+    with pytest.raises(ValueError, match="two models with f = 16, of different vocabularies"):
+        first(args, R, device)
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--data", "world"], "has videos; of the built-in world these are for world-images"),
         (["--probe", "IMAGES"], "no such folder; --probe needs train/<class>"),
         (["--vqgan", "IMAGES/0.png", "IMAGES/1.png"], "0.png is not a VQGAN checkpoint"),
         (["--data", "nowhere", "--probe", "TASK"], "nowhere"),

@@ -642,6 +642,7 @@ def test_mup_against_microsofts(dim):
 def test_fit_resumes_exactly(tmp_path, monkeypatch):
     """The bare loop of paper/'s scripts: stopped by a signal after 3 steps of 6, it ends with the same bits."""
     args = SimpleNamespace(lr=1e-2, warmup=1, steps=6, micro_batch=2, recompute=False, compile=False, shard=False)
+    args.save_every = 4
     batches = torch.randint(4, 40, (6, 4, 9), generator=torch.Generator().manual_seed(0))
 
     def weights(path, stop_at=None):
