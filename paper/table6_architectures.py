@@ -86,7 +86,7 @@ def sine_cosine(n_tokens, dim, device=None):
 
 
 class GPT2(toto.Toto):
-    """GPT-2 with fixed sine-cosine positions, which are added to the tokens' embeddings once, before the first block.
+    """Table 6's GPT-2. Fixed sine-cosine positions are added to the tokens' embeddings once, before the first block.
 
     It starts as toto.Toto does, which took that from GPT-2.
     """
@@ -216,7 +216,7 @@ class MambaBlock(nn.Module):
 
 
 class Mamba(toto.Toto):
-    """Mamba in place of the transformer: RMSNorm and a MambaBlock in each layer, no attention, no positions."""
+    """Table 6's Mamba: RMSNorm and a MambaBlock in each layer in place of attention and MLP, and no positions."""
 
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__(config, compute_dtype, block=MambaBlock)
