@@ -13,17 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-try:
-    import matplotlib
-except ImportError:
-    print("error: matplotlib is missing; pip install -r paper/requirements.txt", file=sys.stderr)
-    sys.exit(2)
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
 
-matplotlib.use("Agg")  # draws into files, on machines without a screen too
-import matplotlib.pyplot as plt
+import data
 
 
-def draw(report, path):
+def draw(plt, report, path):
     """Write a PNG of a report, the dictionary of probe.json, to path."""
     tasks = list(report["classes"])
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3), squeeze=False)
@@ -50,13 +45,12 @@ def main():
     parser = argparse.ArgumentParser(description="Draw accuracy over depth from a report of probe.py.")
     parser.add_argument("--report", default="out/probe.json", type=Path, help="written by probe.py --layer all")
     parser.add_argument("--out", default="paper/figure4_depth.png", type=Path, help="the picture")
-    args = parser.parse_args()
+    args, plt = parser.parse_args(), data.pyplot()
     if not args.report.is_file():
-        print(f"error: {args.report}: no such file; python probe.py --layer all makes one", file=sys.stderr)
-        sys.exit(2)
-    draw(json.loads(args.report.read_text()), args.out)
+        raise ValueError(f"{args.report}: no such file; python probe.py --layer all makes one")
+    draw(plt, json.loads(args.report.read_text()), args.out)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

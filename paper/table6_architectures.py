@@ -394,14 +394,14 @@ def draw(plt, rows, chance, path):
     for row in rows:
         depth = np.linspace(0, 1, len(row["top1"][0]))
         mean, low, high = zip(*[probe.over_seeds([100 * x for x in of_layer]) for of_layer in zip(*row["top1"])])
-        left.plot(depth, mean, marker="o", markersize=3, label=f"{row['name']} (paper: {row['paper']})")
+        left.plot(depth, mean, marker="o", markersize=3)
         left.fill_between(depth, np.maximum(low, 0), np.minimum(high, 100), alpha=0.15)
         rates, losses = zip(*[(float(lr), loss) for lr, loss in row["losses"].items() if loss is not None])
-        right.plot(rates, losses, marker="o", label=row["name"])
+        right.plot(rates, losses, marker="o", label=f"{row['name']} (paper: {row['paper']} %)")
     left.axhline(100 * chance, linestyle=":", color="grey")
     left.set(xlabel="depth (0: the embedding)", ylabel="top-1 of a linear probe, %", title="Table 6, by layer")
     right.set(xscale="log", xlabel="peak learning rate", ylabel="loss, nats a token", title="held-out images")
-    left.legend(fontsize="small", frameon=False)
+    right.legend(fontsize="small", frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
