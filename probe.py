@@ -558,6 +558,13 @@ def floor_and_ceiling(sets, args, device):
     return found | ({"ceiling: every object is whole": 1.0} if not args.probe else {})
 
 
+def show_seeds(values, digits=1):
+    """`over_seeds` in words, of per cent or less; of one run its value alone."""
+    mean, low, high = over_seeds(values)
+    interval = f" ({max(low, -100):.{digits}f} to {min(high, 100):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{interval}"
+
+
 def print_table(results, classes, n_layers):
     """§4.8: accuracy over depth, one row a layer and one text bar a head: Fig. 4, Fig. 8 and Fig. 14 on their side."""
     layers, pools = (list(dict.fromkeys(key[i] for key in results)) for i in (2, 1))

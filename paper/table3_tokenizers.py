@@ -577,7 +577,7 @@ def draw(plt, grams, path):
 
 def print_report(report):
     """Table 3, the paper's beside ours: means over seeds and their 95 % intervals; then Figs. 3, 12, 13 in numbers."""
-    show = lambda values: "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in probe.over_seeds(values)))
+    show = lambda values: probe.show_seeds([100 * x for x in values])
     columns, depth = "{:<12}{:<7}{:<12}{:<7}" + 4 * "{:<25}" + "{}", report.get("depth")
     if report["rows"]:
         n_seeds, bests = len(report["rows"][0]["loss"]), ("best layer", "untrained, best layer")

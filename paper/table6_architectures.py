@@ -370,7 +370,6 @@ def print_rows(rows, bounds, args):
 
     As in the paper, the best layer is picked on the images that are reported. Mamba has twice as many to pick from.
     """
-    show = lambda values, form: "{0:{f}} ({1:{f}} to {2:{f}})".format(*probe.over_seeds(values), f=form)
     columns = "{:<8}{:<12}{:<7}{:<25}{:<26}{:<26}{:<12}{}"
     print(f"\nTable 6: linear probes of all layers, {args.seeds} seeds at the best of three rates, 95 % intervals")
     heads = "loss, nats a token", "best layer's top-1, %", "less LLaMA's", "untrained"
@@ -378,11 +377,11 @@ def print_rows(rows, bounds, args):
     for row in rows:
         at = lambda row, key: [100 * top1[best_layer(row, key)] for top1 in row[key]]
         gain = [ours - llamas for ours, llamas in zip(at(row, "top1"), at(rows[-1], "top1"))]
-        top1 = f"{show(at(row, 'top1'), '.1f')}, {best_layer(row)}"
+        top1 = f"{probe.show_seeds(at(row, 'top1'))}, {best_layer(row)}"
         untrained = f"{np.mean(at(row, 'untrained')):.1f}"
         shown = {lr: "diverged" if loss is None else f"{loss:.3f}" for lr, loss in row["losses"].items()}
         losses = ", ".join(f"{lr}: {loss}" for lr, loss in shown.items())
-        cells = row["paper"], show(row["loss"], ".3f"), top1, show(gain, ".1f"), untrained, losses
+        cells = row["paper"], probe.show_seeds(row["loss"], 3), top1, probe.show_seeds(gain), untrained, losses
         print(columns.format(row["name"], f"{row['parameters'][0] / 1e6:,.2f} M", *cells))
     for name, top1 in bounds.items():
         print(f"{name}: {100 * top1:.1f}")

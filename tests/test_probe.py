@@ -500,6 +500,8 @@ def test_interval_over_seeds():
     assert probe.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
     assert probe.over_seeds([1.0, 3.0]) == pytest.approx((2, 2 - 12.706, 2 + 12.706), abs=1e-3)
     assert probe.over_seeds([5.0]) == (5, -float("inf"), float("inf"))
+    assert probe.show_seeds([1.0, 2.0, 3.0], 2) == "2.00 (-0.48 to 4.48)"
+    assert probe.show_seeds([90.0, 100.0]) == "95.0 (31.5 to 100.0)" and probe.show_seeds([5.0]) == "5.0"
 
 
 def test_mean_features_are_those_of_every_layer():
