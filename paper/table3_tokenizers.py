@@ -2,7 +2,7 @@
 
     python paper/table3_tokenizers.py                 on images of the built-in world, under 20 minutes on two cores
     python paper/table3_tokenizers.py --data IMAGES --probe FOLDER           on your own; FOLDER as for probe.py
-    python paper/table3_tokenizers.py --data IMAGES                          the figures alone
+    python paper/table3_tokenizers.py --data IMAGES                          the figures alone: n_grams.json, .png
     torchrun --nproc_per_node=8 paper/table3_tokenizers.py --size large --data IMAGES --probe FOLDER
              --tokenizer dall-e --vqgan 1024.ckpt 16384.ckpt                 as in the paper, with published tokenizers
 
@@ -695,10 +695,11 @@ def main():
     report["tokenizers"] = {name: measure(*pair, args) for name, pair in tokenizers.items()}
     del sets["dVAE, finer"]  # the figures have 16 x 16 codes alone
     report["grams"] = {name: describe(of_images["pretrain"]) for name, of_images in sets.items()}
-    data.write_json(report, args.out / "table3.json")
+    written = args.out / ("table3.json" if args.has_probe else "n_grams.json")
+    data.write_json(report, written)
     print_report(report)
-    draw(plt, report["grams"], args.out / "table3.png")
-    print(f"wrote {args.out / 'table3.json'} and {args.out / 'table3.png'}")
+    draw(plt, report["grams"], written.with_suffix(".png"))
+    print(f"wrote {written} and {written.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def test_from_images_to_the_table(media, tmp_path, monkeypatch, capsys, untraine
 
     figures = [a for a in arguments if a not in ("--probe", media / "task")]
     run(monkeypatch, *figures, tmp_path / "whole")  # without --probe the figures alone, of the same images
-    assert report("whole")["grams"] == report("stopped")["grams"] and not report("whole")["rows"]
+    alone = json.loads((tmp_path / "whole" / "n_grams.json").read_text())
+    assert alone["grams"] == report("whole")["grams"] and not alone["rows"] and report("whole")["rows"] == rows
 
     run_program(["paper/table3_tokenizers.py", *map(str, arguments), str(tmp_path / "pair")], PAIR)
     for one, two in zip(rows, report("pair")["rows"]):
