@@ -587,7 +587,7 @@ def test_no_motion_of_the_world_comes_round_within_16_frames():
 
 
 def test_the_class_of_a_world_image_is_its_shape():
-    """An image has one object, whole, in one of four turns: the class could always be known, and pixels alone decide."""
+    """One object, whole, in one of four turns: the class could always be known, and pixels alone decide."""
     turns = {}
     for name, rows in data.SHAPES.items():
         piece = np.array([[cell == "1" for cell in row] for row in rows])
