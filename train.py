@@ -694,7 +694,7 @@ def parse_study(parser, out, steps):
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name, tiny: f"(default: {PAPER[name]:,}, or {tiny:,} for tiny)"
     add("--data", default=data.WORLD_IMAGES, help="folder of images to pre-train on, or the built-in ones")
-    add("--probe", help="folder with train/<class>/* and val/<class>/* (default: the built-in images)")
+    add("--probe", help="folder with train/<class>/* and val/<class>/* (default: of the built-in images)")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: out/dvae.pt, or of --data that in --out)")
     add("--size", default="tiny", choices=toto.SIZES, help="tiny for a laptop; §4.1 has large")
     add("--resolution", type=dvae.frame_side, help=f"side of the images in pixels {about('resolution', 48)}")
@@ -702,7 +702,7 @@ def parse_study(parser, out, steps):
     add("--seeds", type=count, default=3, help="runs of each kind, from --seed on")
     add("--batch-tokens", type=count, help=f"tokens in a step, of all processes {about('batch_tokens', 1024)}")
     add("--micro-batch", type=count, default=4, help="sequences in one forward pass of one process")
-    add("--lr", type=positive, help=f"peak learning rate {about('lr', 0.003)}")
+    add("--lr", type=positive, help=f"peak rate; Table 6 tries a third and thrice of it too {about('lr', 0.003)}")
     add("--out", default=out, type=data.output_folder, help="folder for results, states of runs, and cached tokens")
     args = parser.parse_args()
     defaults = LAPTOP | {"steps": steps} if args.size == "tiny" else PAPER | {"steps": 125_113}

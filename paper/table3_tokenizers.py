@@ -696,6 +696,8 @@ def main():
     del sets["dVAE, finer"]  # the figures have 16 x 16 codes alone
     report["grams"] = {name: describe(of_images["pretrain"]) for name, of_images in sets.items()}
     written = args.out / ("table3.json" if args.has_probe else "n_grams.json")
+    if not args.has_probe:
+        print("without --probe there is nothing to probe: the figures alone, not Table 3")
     data.write_json(report, written)
     print_report(report)
     draw(plt, report["grams"], written.with_suffix(".png"))

@@ -354,7 +354,7 @@ def compare(sets, args, device):
         lr = min(rates, key=lambda lr: math.inf if tried[lr]["loss"] is None else tried[lr]["loss"])
         runs = [tried[lr]] + [run(name, lr, seed, sets, args, device) for seed in seeds[1:]]
         if None in [run["loss"] for run in runs]:
-            raise ValueError(f"{name} diverges at its best rate, {lr:g}, with one of the seeds; try a lower --lr")
+            raise ValueError(f"{name} diverges at {lr:g}, the best of the three rates; try a lower --lr")
         row = {"name": name, "paper": paper, "lr": lr, "losses": {f"{lr:g}": r["loss"] for lr, r in tried.items()}}
         rows.append(row | {key: [run[key] for run in runs] for key in runs[0]})
     return rows
@@ -394,7 +394,8 @@ def draw(plt, rows, chance, path):
         depth = np.linspace(0, 1, len(row["top1"][0]))
         mean, low, high = zip(*[probe.over_seeds([100 * x for x in of_layer]) for of_layer in zip(*row["top1"])])
         left.plot(depth, mean, marker="o", markersize=3)
-        left.fill_between(depth, np.maximum(low, 0), np.minimum(high, 100), alpha=0.15)
+        if len(row["top1"]) > 1:  # one seed has no interval
+            left.fill_between(depth, np.maximum(low, 0), np.minimum(high, 100), alpha=0.15)
         rates, losses = zip(*[(float(lr), loss) for lr, loss in row["losses"].items() if loss is not None])
         right.plot(rates, losses, marker="o", label=f"{row['name']} (paper: {row['paper']} %)")
     left.axhline(100 * chance, linestyle=":", color="grey")
