@@ -430,7 +430,8 @@ class PatchToto(toto.Toto):
 
     def residual_stream(self, rows, causal=True):
         """Rows (B, T, P + 1) -> H_0 … H_L, each (B, T, D)."""
-        x = self.patch_in((rows[..., :-1] / 255 - 0.5) / 0.25)  # (B, T, P) -> (B, T, D), of about unit variance
+        pixels = (rows[..., :-1] / 255 - 0.5) / 0.25  # of about unit variance
+        x = self.patch_in(pixels)  # (B, T, P) -> (B, T, D)
         is_start = torch.arange(x.shape[1], device=x.device)[:, None] == 0
         yield from super().residual_stream(torch.where(is_start, self.start, x), causal)
 
@@ -549,7 +550,8 @@ def n_grams(codes, n, vocab_size):
 def describe(tokens, n_images=10_000):
     """Of a token folder's images, as many as A.6 has: {"coverage", and for n = 1, 2, 3 "distinct" and "shares"}.
 
-    The shares of all n-grams, most frequent first, are thinned out to some 200 ranks for drawing.
+    Not in the paper, which counts on ImageNet's validation images: these are all of --data, the trained ones too. The
+    shares of all n-grams, most frequent first, are thinned out to some 200 ranks for drawing.
     """
     some = np.linspace(0, len(tokens) - 1, min(len(tokens), n_images)).round().astype(int)
     codes, vocab_size = np.concatenate([tokens.codes(image, 0, 1) for image in some]), tokens.meta["vocab_size"]
