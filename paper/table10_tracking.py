@@ -513,7 +513,8 @@ def draw(plt, sequence, view, row, results, layers, protocol, out):
     """table10.png: frames of a sequence with the masks that were carried to them, and J&F over depth; table10.gif."""
     frames, truths = sequence.read()
     only = View(view.name, view.size, view.side, lambda frame: {row: view.see(frame)[row]})
-    masks = [truths[0]] + [made[row] for made in follow(frames, truths[0], only, protocol)]
+    how = {"total": len(frames) - 1, "desc": "drawing", "unit": "frame", "dynamic_ncols": True}
+    masks = [truths[0]] + [made[row] for made in tqdm(follow(frames, truths[0], only, protocol), **how)]
     painted = [paint(*triple) for triple in zip(frames, masks, truths)]
     picked = np.linspace(0, len(frames) - 1, 6).round().astype(int)
     figure = plt.figure(figsize=(12, 6 if layers else 2.6))
@@ -622,10 +623,12 @@ def main():
     if is_scored:
         data.write_json(report(results, layers, sequences, settings, protocol), args.out / "table10.json")
         print_table(results, layers, len(sequences))
-    row = PATCHES if args.patches else f"{OURS}, layer {middle(layers)}"
-    if is_scored and not args.patches:
-        row = peak(results[views[-1].name], OURS)
-    draw(plt, sequences[0], views[-1], row, results, layers if is_scored else [], protocol, args.out)
+    row, view = PATCHES, views[-1]
+    if layers:  # of the model no more than what is drawn
+        row = peak(results[view.name], OURS) if is_scored else f"{OURS}, layer {middle(layers)}"
+        of_row = [int(row.rpartition(" ")[2])]
+        view = model_view(args.resolution[-1], {OURS: model}, tokenizer, of_row, protocol, device)
+    draw(plt, sequences[0], view, row, results, layers if is_scored else [], protocol, args.out)
     files = ["table10.json"] * is_scored + ["table10.png", "table10.gif"]
     print("wrote " + ", ".join(str(args.out / name) for name in files))
 
