@@ -48,8 +48,9 @@ LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 2, "finetune_lr": 1e-3}
 
 # The stand-in for CATER: its objects and actions, drawn plainly. The ground is [-3, 3) x [-3, 3), y points to us.
 SNITCH, SMALL, LARGE, BALL, TOWER = range(5)  # two sizes of cones; a tower is tall enough to hide what is behind it
-OBJECTS = {SNITCH: (0.3, 0.6), SMALL: (0.4, 0.9), LARGE: (0.5, 1.35), BALL: (0.36, 0.72), TOWER: (0.45, 1.7)}
-GOLD, COLOURS = (255, 220, 0), ((215, 40, 50), (40, 80, 235), (150, 50, 190), (25, 25, 40))
+OBJECTS = {SNITCH: (0.36, 0.72), SMALL: (0.42, 0.8), LARGE: (0.5, 1.35), BALL: (0.36, 0.72), TOWER: (0.46, 2.1)}
+GOLD = (255, 220, 0)
+COLOURS = {SNITCH: GOLD, SMALL: (40, 80, 235), LARGE: (150, 50, 190), BALL: (215, 40, 50), TOWER: (25, 25, 40)}
 SLOTS = 10  # of time; in each at most two objects act, as in CATER's max2action
 # What a snitch (contain, move) or a cone that holds something (uncover, slide, nest) does in a slot; else it rests.
 # Calibrated so that a third of the clips end contained, and half of these in another cell than the last visible one.
@@ -79,9 +80,9 @@ def simulate(rng):
     """
     kinds = [SNITCH, SMALL, LARGE] + rng.choice([SMALL, LARGE, BALL, TOWER], rng.integers(2, 8)).tolist()
     n, slots = len(kinds), []
-    # Not in the paper: a cell holds one object or one heap of cones, and nothing rests within 0.2 of a cell's border,
+    # Not in the paper: a cell holds one object or one heap of cones, and nothing rests within 0.4 of a cell's border,
     # so that no label hangs on a single pixel.
-    place_in = lambda cell: (cell % SIDE - 3, cell // SIDE - 3) + rng.uniform(0.2, 0.8, 2)
+    place_in = lambda cell: (cell % SIDE - 3, cell // SIDE - 3) + rng.uniform(0.4, 0.6, 2)
     at, inside = np.stack([place_in(cell) for cell in rng.permutation(CELLS)[:n]]), np.full(n, -1)
     contents = lambda i: np.flatnonzero(inside == i)
     free_place = lambda: place_in(rng.choice(sorted(set(range(CELLS)) - {cell_of(*place) for place in at})))
@@ -124,22 +125,24 @@ def simulate(rng):
 
 
 def project(resolution, x, y, z=0.0):
-    """A place on the ground, and a height, -> pixels across and down: a parallel view from above and in front."""
-    return resolution * (0.5 + 0.155 * x), resolution * (0.56 + 0.135 * y - 0.14 * z)
+    """A place on the ground, and a height, -> pixels across and down: the ground's plan, with heights drawn upwards.
+
+    Not in the paper: by this oblique view, not by CATER's camera, a cell is one code at the default resolution.
+    """
+    return resolution * (x + 3) / SIDE, resolution * (y + 3 - z) / SIDE
 
 
-def paint(pen, resolution, kind, colour, place):
+def paint(pen, resolution, kind, place):
     """Draw one object that stands at (x, y, z)."""
-    (radius, height), (u, v) = OBJECTS[kind], project(resolution, *place)
-    r, h = 0.155 * resolution * radius, 0.14 * resolution * height  # in pixels
+    (radius, height), (u, v), colour = OBJECTS[kind], project(resolution, *place), COLOURS[kind]
+    r, h = (resolution / SIDE * length for length in (radius, height))  # in pixels
     if kind in (SMALL, LARGE):
-        pen.ellipse((u - r, v - 0.45 * r, u + r, v + 0.45 * r), fill=colour)
-        pen.polygon([(u - r, v), (u + r, v), (u, v - h)], fill=colour)
+        pen.ellipse((u - r, v, u + r, v + 0.9 * r), fill=colour)
+        pen.polygon([(u - r, v + 0.5 * r), (u + r, v + 0.5 * r), (u, v + 0.5 * r - h)], fill=colour)
     elif kind == TOWER:
-        pen.rectangle((u - r, v - h, u + r, v + 0.3 * r), fill=tuple(c * 2 // 3 for c in colour))
-        pen.rectangle((u - r, v - h - 0.5 * r, u + r, v - h), fill=colour)
+        pen.rectangle((u - r, v + 0.9 * r - h, u + r, v + 0.9 * r), fill=colour)
     else:
-        pen.ellipse((u - r, v - h / 2 - r, u + r, v - h / 2 + r), fill=colour)
+        pen.ellipse((u - r, v - r, u + r, v + r), fill=colour)
 
 
 def cups_clip(index, n_frames=32, resolution=48, seed=0):
@@ -149,7 +152,7 @@ def cups_clip(index, n_frames=32, resolution=48, seed=0):
     """
     rng = np.random.default_rng([seed, index])
     kinds, slots = simulate(rng)
-    n, colours = len(kinds), [GOLD] + [COLOURS[i] for i in rng.integers(len(COLOURS), size=len(kinds) - 1)]
+    n = len(kinds)
     ground = Image.fromarray(data.world_ground(resolution).round().astype(np.uint8))
     clip = CupsClip([], 0, [], [], [], kinds)
     for f in range(n_frames):
@@ -163,7 +166,7 @@ def cups_clip(index, n_frames=32, resolution=48, seed=0):
         # From back to front; a cone comes after what it is about to cover.
         for i in sorted(range(n), key=lambda i: (round(places[i, 1], 6), kinds[i] in (SMALL, LARGE))):
             if not hidden[i]:
-                paint(ImageDraw.Draw(image), resolution, kinds[i], colours[i], places[i])
+                paint(ImageDraw.Draw(image), resolution, kinds[i], places[i])
         clip.frames.append(np.asarray(image))
         clip.visible.append((clip.frames[-1] == GOLD).all(axis=-1).any())
         clip.contained.append(hidden[0])
