@@ -48,13 +48,13 @@ LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 2, "finetune_lr": 1e-3}
 
 # The stand-in for CATER: its objects and actions, drawn plainly. The ground is [-3, 3) x [-3, 3), y points to us.
 SNITCH, SMALL, LARGE, BALL, TOWER = range(5)  # two sizes of cones; a tower is tall enough to hide what is behind it
-OBJECTS = {SNITCH: (0.36, 0.72), SMALL: (0.42, 0.8), LARGE: (0.5, 1.35), BALL: (0.36, 0.72), TOWER: (0.46, 2.1)}
+OBJECTS = {SNITCH: (0.36, 0.72), SMALL: (0.34, 0.6), LARGE: (0.48, 0.95), BALL: (0.4, 0.8), TOWER: (0.48, 1.9)}
 GOLD = (255, 220, 0)
 COLOURS = {SNITCH: GOLD, SMALL: (40, 80, 235), LARGE: (150, 50, 190), BALL: (215, 40, 50), TOWER: (25, 25, 40)}
 SLOTS = 10  # of time; in each at most two objects act, as in CATER's max2action
 # What a snitch (contain, move) or a cone that holds something (uncover, slide, nest) does in a slot; else it rests.
 # Calibrated so that a third of the clips end contained, and half of these in another cell than the last visible one.
-CONTAIN, MOVE, UNCOVER, SLIDE, NEST = 0.10, 0.25, 0.18, 0.26, 0.05
+CONTAIN, MOVE, UNCOVER, SLIDE, NEST = 0.105, 0.25, 0.18, 0.23, 0.05
 
 
 @dataclass
@@ -80,9 +80,8 @@ def simulate(rng):
     """
     kinds = [SNITCH, SMALL, LARGE] + rng.choice([SMALL, LARGE, BALL, TOWER], rng.integers(2, 8)).tolist()
     n, slots = len(kinds), []
-    # Not in the paper: a cell holds one object or one heap of cones, and nothing rests within 0.4 of a cell's border,
-    # so that no label hangs on a single pixel.
-    place_in = lambda cell: (cell % SIDE - 3, cell // SIDE - 3) + rng.uniform(0.4, 0.6, 2)
+    # Not in the paper: a cell holds one object or one heap of cones, which stand in its middle.
+    place_in = lambda cell: np.array([cell % SIDE - 2.5, cell // SIDE - 2.5])
     at, inside = np.stack([place_in(cell) for cell in rng.permutation(CELLS)[:n]]), np.full(n, -1)
     contents = lambda i: np.flatnonzero(inside == i)
     free_place = lambda: place_in(rng.choice(sorted(set(range(CELLS)) - {cell_of(*place) for place in at})))
@@ -136,11 +135,11 @@ def paint(pen, resolution, kind, place):
     """Draw one object that stands at (x, y, z)."""
     (radius, height), (u, v), colour = OBJECTS[kind], project(resolution, *place), COLOURS[kind]
     r, h = (resolution / SIDE * length for length in (radius, height))  # in pixels
+    foot = v + 0.42 * resolution / SIDE
     if kind in (SMALL, LARGE):
-        pen.ellipse((u - r, v, u + r, v + 0.9 * r), fill=colour)
-        pen.polygon([(u - r, v + 0.5 * r), (u + r, v + 0.5 * r), (u, v + 0.5 * r - h)], fill=colour)
+        pen.polygon([(u - r, foot), (u + r, foot), (u, foot - h)], fill=colour)
     elif kind == TOWER:
-        pen.rectangle((u - r, v + 0.9 * r - h, u + r, v + 0.9 * r), fill=colour)
+        pen.rectangle((u - r, foot - h, u + r, foot), fill=colour)
     else:
         pen.ellipse((u - r, v - r, u + r, v + r), fill=colour)
 
@@ -160,8 +159,8 @@ def cups_clip(index, n_frames=32, resolution=48, seed=0):
         done = ((f + 1) * SLOTS - slot * n_frames) / n_frames  # above 0, up to 1
         start, end, lifted, before, after = slots[slot]
         hidden = (after >= 0) & ((before >= 0) | (done == 1))
-        height = lifted * 1.5 * math.sin(math.pi * done) if done < 1 else np.zeros(n)
-        places = np.column_stack((start + done * (end - start), height))
+        # What moves goes from cell to cell, as the pieces of the built-in world do, and what is carried a cell higher.
+        places = np.column_stack((np.floor(start + done * (end - start)) + 0.5, lifted * (done < 1)))
         image = ground.copy()
         # From back to front; a cone comes after what it is about to cover.
         for i in sorted(range(n), key=lambda i: (round(places[i, 1], 6), kinds[i] in (SMALL, LARGE))):
