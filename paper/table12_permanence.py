@@ -43,12 +43,12 @@ FRAMES = (16, 32)
 SIDE, CELLS = 6, 36
 # §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 15 minutes.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"]}
-LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 2, "finetune_lr": 1e-3}
+LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 2, "finetune_lr": probe.LAPTOP["lr"]}
 
 
 # The stand-in for CATER: its objects and actions, drawn plainly. The ground is [-3, 3) x [-3, 3), y points to us.
 SNITCH, SMALL, LARGE, BALL, TOWER = range(5)  # two sizes of cones; a tower is tall enough to hide what is behind it
-OBJECTS = {SNITCH: (0.36, 0.72), SMALL: (0.34, 0.6), LARGE: (0.48, 0.95), BALL: (0.4, 0.8), TOWER: (0.48, 1.9)}
+OBJECTS = {SNITCH: (0.28, 0.56), SMALL: (0.3, 0.5), LARGE: (0.42, 0.9), BALL: (0.34, 0.68), TOWER: (0.48, 1.9)}
 GOLD = (255, 220, 0)
 COLOURS = {SNITCH: GOLD, SMALL: (40, 80, 235), LARGE: (150, 50, 190), BALL: (215, 40, 50), TOWER: (25, 25, 40)}
 SLOTS = 10  # of time; in each at most two objects act, as in CATER's max2action
@@ -347,6 +347,30 @@ def rank_cells(model, head, split, args, device):
 
 
 # The runs.
+class LastFramePool(probe.AttentionPool):
+    """§3.5's attention pool over the tokens of the last frame, which have looked at all frames before it.
+
+    Not in the paper, which does not describe its head. Over the tokens of all frames two passes over
+    2,100 clips taught nothing: 8 % of all endings were right, where this has 24 %.
+    """
+
+    def __init__(self, config, tokens_per_frame):
+        super().__init__(config.dim, config.n_heads, CELLS)
+        self.tokens_per_frame = tokens_per_frame
+
+    def forward(self, x):
+        return super().forward(x[:, -self.tokens_per_frame :])  # (B, T, D) -> (B, 36)
+
+
+def make_heads(config, layers, sets, seed, device):
+    """{(task, pool, layer): head} for probe.train_heads, each from the seed alone."""
+    heads = {}
+    for l in layers:
+        torch.manual_seed(seed)
+        heads["cell", "attention", l] = LastFramePool(config, math.prod(sets["train"].meta["grid"])).to(device)
+    return heads
+
+
 def pre_train(args, sets, tokenizer, device):
     """§3.2 on the training clips, 16 frames at a time -> {"loss", "unigram_entropy"} of those held out; out/toto.pt."""
     tokens, config = sets["train"], replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + tokenizer.config.vocab_size)
@@ -396,8 +420,7 @@ def fine_tune(name, n_frames, seed, sets, args, device):
             fresh.load_state_dict(model.state_dict())
         model = fresh.eval()
         splits = [labelled(sets[split], n_frames) for split in ("train", "val")]
-        L, classes = config.n_layers, splits[0].classes
-        heads = probe.make_heads(config.dim, config.n_heads, [L], ["attention"], classes, seed, device)
+        heads = make_heads(config, [config.n_layers], sets, seed, device)
         probe.train_heads(heads, None, splits[0], settings, state, how, device, model)
         (head,) = heads.values()
         ranked = rank_cells(model, head, splits[1], args, device)
@@ -423,9 +446,7 @@ def sweep_layers(sets, args, device):
     def work(state, settings):
         model, _, _ = dvae.load_trained(args.checkpoint, args.tokenizer, device)
         layers, (first, val) = range(model.config.n_layers + 1), [labelled(sets[s], min(FRAMES)) for s in ("train", "val")]
-        heads = probe.make_heads(
-            model.config.dim, model.config.n_heads, layers, ["attention"], first.classes, args.seed, device
-        )
+        heads = make_heads(model.config, layers, sets, args.seed, device)
         probe.train_heads(heads, probe.Features(model, first, layers, how, device), first, settings, state, how, device)
         results = probe.evaluate(heads, probe.Features(model, val, layers, how, device, keep=False), val, how, device)
         return [{"layer": l, "top1": r["top1"], "interval": r["interval"]} for (_, _, l), r in results.items()]
@@ -546,15 +567,15 @@ def parse_arguments():
     add("--tokenizer", type=Path, help="its tokenizer (default: dvae.pt beside it, or in --out, trained if missing)")
     add("--size", default="tiny", choices=toto.SIZES, help="of the model to pre-train; §4.7 has large")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
-    add("--clips", type=data.number(int, at_least=8), default=3000, help="of the stand-in, 70 %% of them for training")
+    add("--clips", type=data.number(int, at_least=8), default=2400, help="of the stand-in, 70 %% of them for training")
     add("--steps", type=count, help=f"of pre-training {about('steps')}")
     add("--batch-tokens", type=count, help=f"tokens in a step of it, of all processes {about('batch_tokens')}")
     add("--micro-batch", type=count, default=4, help="sequences in one forward pass of it, in one process")
     add("--lr", type=positive, help=f"peak rate of it {about('lr')}")
     add("--epochs", type=count, help=f"of fine-tuning {about('epochs')}")
     add("--finetune-lr", type=positive, help=f"peak rate of it {about('finetune_lr')}")
-    add("--probe-epochs", type=count, default=5, help="of the probes of each layer")
-    add("--batch", type=count, default=16, help="clips in a step of fine-tuning and probing, over all processes")
+    add("--probe-epochs", type=count, default=20, help="of the probes of each layer")
+    add("--batch", type=count, default=8, help="clips in a step of fine-tuning and probing, over all processes")
     add("--seeds", type=count, default=1, help="fine-tunings of each kind, from --seed on")
     add("--out", default="out/table12", type=data.output_folder, help="folder for results, models and cached tokens")
     args = parser.parse_args()
