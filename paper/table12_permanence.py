@@ -162,10 +162,11 @@ def cups_clip(index, n_frames=32, resolution=48, seed=0):
         # What moves goes from cell to cell, as the pieces of the built-in world do, and what is carried a cell higher.
         places = np.column_stack((np.floor(start + done * (end - start)) + 0.5, lifted * (done < 1)))
         image = ground.copy()
+        pen = ImageDraw.Draw(image)
         # From back to front; a cone comes after what it is about to cover.
         for i in sorted(range(n), key=lambda i: (round(places[i, 1], 6), kinds[i] in (SMALL, LARGE))):
             if not hidden[i]:
-                paint(ImageDraw.Draw(image), resolution, kinds[i], places[i])
+                paint(pen, resolution, kinds[i], places[i])
         clip.frames.append(np.asarray(image))
         clip.visible.append((clip.frames[-1] == GOLD).all(axis=-1).any())
         clip.contained.append(hidden[0])

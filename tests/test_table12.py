@@ -53,13 +53,13 @@ def test_the_label_is_where_the_snitch_ends():
 
 def test_calibration():
     """The shares that CATER's own clips have, 400 of them, within three standard errors of theirs and ours."""
-    n, rows = 600, []
-    (items,) = [sum(table12.stand_in_shards(range(n), 48), [])]
-    for index, item in enumerate(items):
+    rows, cells = [], []
+    for index, item in enumerate(sum(table12.stand_in_shards(range(480), 48), [])):
         labels, _ = item.read()
-        simulated = table12.cups_clip(index, n_frames=1)
-        rows.append([simulated.contained[-1], labels["last of 32"] == labels["cell"], labels["first"] == labels["cell"]])
-        assert simulated.cell == labels["cell"]
+        clip = table12.cups_clip(index, n_frames=1)  # its last moment alone
+        assert item.name.endswith(f"{index:07d}") and clip.cell == labels["cell"]
+        rows.append([clip.contained[0], labels["last of 32"] == clip.cell, labels["first"] == clip.cell])
+        cells.append(clip.cell)
     contained, last, first = np.array(rows, dtype=bool).T
     of = {"contained": (contained, 0.34), "last seen": (last, 0.815), "first": (first, 0.075)}
     of |= {"last seen, contained": (last[contained], 0.456)}
@@ -68,8 +68,7 @@ def test_calibration():
         error = math.sqrt(theirs * (1 - theirs) * (1 / len(values) + 1 / n_theirs))
         assert abs(values.mean() - theirs) < 3 * error, (name, values.mean())
     assert last[~contained].mean() > 0.95  # theirs: as good as all
-    cells = [item.read()[0]["cell"] for item in items[:400]]
-    assert np.bincount(cells, minlength=36).max() / 400 < 0.045 + 3 * math.sqrt(0.045 * 0.955 / 200)
+    assert abs(np.bincount(cells).max() / len(cells) - 0.045) < 3 * math.sqrt(0.045 * 0.955 * (1 / 400 + 1 / len(cells)))
 
 
 def redraw(clip, f, left_out):
@@ -93,7 +92,9 @@ def test_visibility():
         clip = table12.cups_clip(index)
         for f in range(0, 32, 3):
             whole = gold(redraw(clip, f, range(1, len(clip.kinds))))  # the snitch alone
-            assert whole > 0 and gold(clip.frames[f]) <= whole
+            # It fits into the picture, unless it is carried along the last row, a cell above which the picture ends.
+            assert whole > 0 or clip.positions[f, 0, 1] == -2.5 and clip.positions[f, 0, 2] == 1
+            assert gold(clip.frames[f]) <= whole
             assert clip.visible[f] == (gold(clip.frames[f]) > 0)
             if clip.contained[f]:
                 assert not clip.visible[f]
@@ -105,7 +106,7 @@ def test_visibility():
             behind = [i for i in range(1, len(y)) if y[i] < y[0] - 1e-6]
             if not clip.visible[f]:
                 assert gold(redraw(clip, f, behind)) == 0
-    assert n_occluded > 3 and n_partly > 10
+    assert n_occluded > 10 and n_partly > 5
 
 
 def test_what_is_contained_goes_along():
@@ -125,24 +126,19 @@ def test_what_is_contained_goes_along():
     assert n_moved > 20
 
 
-def test_objects_do_not_jump():
-    """Between two frames nothing moves further than a slot's move allows, and at most heaps of two actors move."""
+def test_objects_go_from_cell_to_cell():
+    """Finely sampled, nothing goes further than to a neighbour, and at most two objects, with their contents, move."""
     for index in range(20):
-        clip = table12.cups_clip(index, n_frames=100)  # ten frames a slot
-        step = np.diff(clip.positions[..., :2], axis=0)
-        assert np.hypot(*step.transpose(2, 0, 1)).max() <= math.hypot(5.2, 5.2) / 10 + 1e-9
+        clip = table12.cups_clip(index, n_frames=200)  # twenty frames a slot
+        step = np.diff(clip.positions, axis=0)
+        assert abs(step).max() <= 1
         for slot in range(10):
-            moved = step[10 * slot : 10 * slot + 9]
-            paths = {tuple(np.round(path, 6).ravel()) for path in moved.transpose(1, 0, 2) if abs(path).max() > 1e-9}
-            assert len(paths) <= 2
+            moved = step[20 * slot : 20 * slot + 19]
+            paths = {tuple(path.ravel()) for path in moved.transpose(1, 0, 2) if abs(path).max() > 0}
+            assert len(paths) <= 2, (index, slot)
 
 
 # What is measured.
-def val_of(**labels):
-    n = len(labels["cell"])
-    return SimpleNamespace(labels=labels, names=[f"clip{i}" for i in range(n)], __len__=lambda: n)
-
-
 class Val(SimpleNamespace):
     def __len__(self):
         return len(self.labels["cell"])
@@ -207,7 +203,7 @@ def cater(tmp_path_factory):
     (folder / "lists/localize").mkdir(parents=True)
     for i in range(14):
         frames = np.stack([np.full((48, 64, 3), 6 * f, dtype=np.uint8) for f in range(40)])
-        iio.imwrite(folder / f"videos/CATER_new_{i:06d}.avi", frames, fps=24, codec="libx264", crf=10)
+        iio.imwrite(folder / f"videos/CATER_new_{i:06d}.avi", frames, fps=24, codec="libx264", quality=10)
     lines = [f"CATER_new_{i:06d}.avi {(5 * i) % 36}\n" for i in range(14)]
     (folder / "lists/localize/train.txt").write_text("".join(lines[:9]))
     (folder / "lists/localize/val.txt").write_text("".join(lines[9:]))
@@ -238,7 +234,7 @@ def test_squashing_keeps_the_sides(tmp_path):
     """A crop to the middle would cut the coloured bars at the left and right away."""
     frame = np.zeros((48, 64, 3), dtype=np.uint8)
     frame[:, :6], frame[:, -6:] = (250, 0, 0), (0, 0, 250)
-    iio.imwrite(tmp_path / "a.avi", np.stack([frame] * 4), fps=24, codec="libx264", crf=1)
+    iio.imwrite(tmp_path / "a.avi", np.stack([frame] * 4), fps=24, codec="libx264", quality=10)
     read = next(table12.read_squashed(tmp_path / "a.avi", 32)).astype(int)
     assert read[16, 0, 0] > 150 and read[16, 31, 2] > 150 and read[16, 16].max() < 40
 
@@ -274,7 +270,7 @@ def tokenizer(tmp_path_factory, untrained_tokenizer):
 
 def command(tokenizer, out, *extra):
     words = ["--tokenizer", tokenizer, "--out", out, "--resolution", 16, "--batch-tokens", 128, "--steps", 3]
-    words += ["--epochs", 2, "--probe-epochs", 1, "--batch", 4, "--device", "cpu", *extra]
+    words += ["--epochs", 1, "--probe-epochs", 1, "--batch", 4, "--device", "cpu", *extra]
     return ["paper/table12_permanence.py", *map(str, words)]
 
 
@@ -295,8 +291,7 @@ def test_ranks_are_of_the_last_layer(tokenizer):
     model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=2, hidden=64, vocab_size=36)).eval()
     head = probe.AttentionPool(32, 2, 36).eval()
     ids = torch.randint(4, 36, (7, 1, 20))
-    split = SimpleNamespace(inputs=lambda rows: ids.flatten(0, 1)[rows], __len__=lambda: 7)
-    split = type("Split", (), {"inputs": staticmethod(split.inputs), "__len__": lambda self: 7})()
+    split = type("Split", (), {"inputs": lambda self, rows: ids.flatten(0, 1)[rows], "__len__": lambda self: 7})()
     ranked = table12.rank_cells(model, head, split, SimpleNamespace(batch=3), torch.device("cpu"))
     for clip in range(7):
         with torch.no_grad():
@@ -307,10 +302,10 @@ def test_ranks_are_of_the_last_layer(tokenizer):
 def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     """All of it, and stopped in the middle of pre-training and of a fine-tuning: the same figures."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
-    out = run(command(tokenizer, tmp_path / "one", "--clips", 30)).stdout
+    out = run(command(tokenizer, tmp_path / "one", "--clips", 20)).stdout
     assert "Toto-large (paper)" in out and "last visible cell" in out and "frames, hidden endings, pre-trained" in out
 
-    stops, take_step, next_token = [], train.take_step, probe.fine_tuned_features
+    stops, take_step, features = [], train.take_step, probe.fine_tuned_features
 
     def stop_once(function, at):
         calls = []
@@ -325,8 +320,8 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
         return called
 
     monkeypatch.setattr(train, "take_step", stop_once(take_step, 2))
-    monkeypatch.setattr(probe, "fine_tuned_features", stop_once(next_token, 14))  # of ten each, in the second run
-    monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path / "two", "--clips", 30))
+    monkeypatch.setattr(probe, "fine_tuned_features", stop_once(features, 5))  # of three a run, in the second run
+    monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path / "two", "--clips", 20))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             table12.main()
@@ -334,7 +329,7 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     assert len(stops) == 2 and not list((tmp_path / "two/runs").glob("*.pt"))
     one, two = (json.loads((tmp_path / name / "table12.json").read_text()) for name in ("one", "two"))
     assert one == two
-    assert one["clips"] == [21, 9] and [row["layer"] for row in one["layers"]["permanence"]] == [0, 1, 2, 3, 4]
+    assert one["clips"] == [14, 6] and [row["layer"] for row in one["layers"]["permanence"]] == [0, 1, 2, 3, 4]
     assert list(one["rows"]["32"]) == [
         "pre-trained", "from scratch", "most frequent cell", "first frame's cell", "last visible cell",
         "ceiling: the true state",
@@ -349,7 +344,7 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     assert not torch.equal(first["blocks.0.mlp.out.weight"], checkpoint["model"]["blocks.0.mlp.out.weight"])
 
 
-def test_cater_with_a_checkpoint(cater, tokenizer, tmp_path):
+def test_cater_with_a_checkpoint(cater, tokenizer, tmp_path, monkeypatch, capsys):
     """A video that cannot be decoded is skipped and named; only "all" is known; a wrong list ends in one line."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=1, hidden=64, vocab_size=36))
@@ -360,8 +355,9 @@ def test_cater_with_a_checkpoint(cater, tokenizer, tmp_path):
     (tmp_path / "cater/videos/CATER_new_000003.avi").write_bytes(b"no video")
     words = ["--data", tmp_path / "cater", "--checkpoint", tmp_path / "model/toto.pt", "--out", tmp_path / "out"]
     words = ["paper/table12_permanence.py", *map(str, words), "--epochs", "1", "--batch", "4", "--device", "cpu"]
-    done = run(words)
-    assert "skipped 1 file(s) that cannot be read: CATER_new_000003.avi" in done.stderr
+    monkeypatch.setattr(sys, "argv", words)
+    table12.main()
+    assert "skipped 1 file(s) that cannot be read: CATER_new_000003.avi" in capsys.readouterr().err
     report = json.loads((tmp_path / "out/table12.json").read_text())
     assert report["clips"] == [8, 5] and report["endings"] == {"all": 5} and report["permanence"]["16"] == []
     assert list(report["rows"]["16"]) == ["pre-trained", "from scratch", "most frequent cell"]
