@@ -21,6 +21,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -351,8 +352,8 @@ def rank_cells(model, head, split, args, device):
 class LastFramePool(probe.AttentionPool):
     """§3.5's attention pool over the tokens of the last frame, which have looked at all frames before it.
 
-    Not in the paper, which does not describe its head. Over the tokens of all frames two passes over
-    2,100 clips taught nothing: 8 % of all endings were right, where this has 24 %.
+    Not in the paper, which does not describe its head. Over the tokens of all frames two passes over 2,100 clips taught
+    nothing: 8 % of all endings were right, where this had 24 %.
     """
 
     def __init__(self, config, tokens_per_frame):
@@ -373,20 +374,20 @@ def make_heads(config, layers, sets, seed, device):
 
 
 def pre_train(args, sets, tokenizer, device):
-    """§3.2 on the training clips, 16 frames at a time -> {"loss", "unigram_entropy"} of those held out; out/toto.pt."""
-    tokens, config = sets["train"], replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + tokenizer.config.vocab_size)
+    """§3.2 on the training clips, 16 frames at a time -> {"loss", …} of those held out among them; writes toto.pt."""
+    tokens, vocab_size = sets["train"], toto.FIRST_CODE + tokenizer.config.vocab_size
     args = SimpleNamespace(**vars(args) | {"frames": min(FRAMES)})
+    # Every second frame: the even ones in one pass, the odd ones, which the task has, in the next.
+    source = partial(data.Source, tokens, args.frames, step=max(FRAMES) // args.frames)
 
     def work(state, settings):
         torch.manual_seed(args.seed)
+        config = replace(toto.SIZES[args.size], vocab_size=vocab_size)
         model = toto.Toto(config, data.fast_dtype(device)).to(device)
-        step = max(FRAMES) // min(FRAMES)
-        mixture = data.Mixture([data.Source(tokens, args.frames, step=step)], [1.0], args.seed)
         n_sequences = train.sequences_in_a_step(args, math.prod(tokens.meta["grid"]), data.world_size())
-        of_run = SimpleNamespace(n_sequences=n_sequences, mixture=mixture)
+        of_run = SimpleNamespace(n_sequences=n_sequences, mixture=data.Mixture([source()], [1.0], args.seed))
         train.fit(model, lambda i: train.read_batch(of_run, i, device), args, device, state, settings, "pre-training")
-        held_out = {"clips": data.Source(tokens, args.frames, held_out=True, step=step)}
-        result = train.evaluate(model, held_out, args.micro_batch, device)["clips"]
+        result = train.evaluate(model, {"clips": source(held_out=True)}, args.micro_batch, device)["clips"]
         if data.rank() == 0:
             checkpoint = {"step": args.steps, "tokenizer": tokenizer.fingerprint(), "stride": 1, "frames": args.frames}
             probe.save_finetuned(model, tokenizer, checkpoint, args, args.out / "toto.pt")
@@ -396,166 +397,174 @@ def pre_train(args, sets, tokenizer, device):
     return train.kept_run(args, "pre-training", settings, work)
 
 
+def is_tiny(config):
+    return (config.dim, config.n_layers) == (toto.SIZES["tiny"].dim, toto.SIZES["tiny"].n_layers)
+
+
 def rope_base(config, n_frames):
-    """§4.2's 50,000 for contexts twice as long, from 10,000. Not in the paper: `tiny`, at 20, gets five times its own."""
+    """§4.2's 50,000 for longer contexts than those of pre-training. Not in the paper: for `tiny`, five times its 20."""
     if n_frames == min(FRAMES):
         return config.rope_base
-    is_tiny = (config.dim, config.n_layers) == (toto.SIZES["tiny"].dim, toto.SIZES["tiny"].n_layers)
-    return 5 * config.rope_base if is_tiny else 50_000.0
-
-
-def fine_tune(name, n_frames, seed, sets, args, device):
-    """§4.7: the class gradient through the whole trunk, "pre-trained" or "from scratch" -> scores, of all and by ending.
-
-    Not in the paper: the head, §3.5's attention pool, reads the last layer, so that all of the trunk learns.
-    """
-    how = SimpleNamespace(finetune="full", attention="causal", batch=args.batch, epochs=args.epochs, seed=seed)
-    how.lr = args.finetune_lr
-
-    def work(state, settings):
-        model, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
-        config = replace(model.config, rope_base=rope_base(model.config, n_frames))
-        torch.manual_seed(seed)
-        fresh = toto.Toto(config, model.compute_dtype).to(device)
-        if name == "pre-trained":
-            fresh.load_state_dict(model.state_dict())
-        model = fresh.eval()
-        splits = [labelled(sets[split], n_frames) for split in ("train", "val")]
-        heads = make_heads(config, [config.n_layers], sets, seed, device)
-        probe.train_heads(heads, None, splits[0], settings, state, how, device, model)
-        (head,) = heads.values()
-        ranked = rank_cells(model, head, splits[1], args, device)
-        if name == "pre-trained" and data.rank() == 0:
-            path = args.out / f"finetuned-{n_frames}-{seed}.pt"
-            probe.save_finetuned(model, tokenizer, checkpoint | {"frames": n_frames}, args, path)
-        shown = {clip: int(ranked[sets["val"].names.index(clip), 0]) for clip in shown_clips(sets["val"])}
-        result = {"scores": scores(ranked, sets["val"]), "shown": shown}
-        return result | {"permanence": permanence(ranked, sets["val"], n_frames)}
-
-    if data.rank() == 0:
-        print(f"fine-tuning at {n_frames} frames, {name}, seed {seed}")
-    settings = settings_of(args, sets) | {"frames": n_frames, "seed": seed, "start": name}
-    settings |= {"epochs": args.epochs, "finetune_lr": args.finetune_lr, "batch": args.batch}
-    return train.kept_run(args, f"{name}-{n_frames}-{seed}", settings, work)
-
-
-def sweep_layers(sets, args, device):
-    """§4.8: the same task from each layer of the frozen trunk, by attention pooling -> [{layer, top1, interval}]."""
-    how = SimpleNamespace(finetune=None, attention="causal", batch=args.batch, epochs=args.probe_epochs, seed=args.seed)
-    how.lr = probe.LAPTOP["lr"] if args.size == "tiny" else probe.PAPER["lr"]
-
-    def work(state, settings):
-        model, _, _ = dvae.load_trained(args.checkpoint, args.tokenizer, device)
-        layers, (first, val) = range(model.config.n_layers + 1), [labelled(sets[s], min(FRAMES)) for s in ("train", "val")]
-        heads = make_heads(model.config, layers, sets, args.seed, device)
-        probe.train_heads(heads, probe.Features(model, first, layers, how, device), first, settings, state, how, device)
-        results = probe.evaluate(heads, probe.Features(model, val, layers, how, device, keep=False), val, how, device)
-        return [{"layer": l, "top1": r["top1"], "interval": r["interval"]} for (_, _, l), r in results.items()]
-
-    if data.rank() == 0:
-        print(f"layer by layer, the frozen trunk at {min(FRAMES)} frames")
-    settings = settings_of(args, sets) | {"probe_epochs": args.probe_epochs, "batch": args.batch, "seed": args.seed}
-    return train.kept_run(args, "layers", settings, work)
+    return 5 * config.rope_base if is_tiny(config) else 50_000.0
 
 
 def settings_of(args, sets):
     """What a finished run depends on beside its own: the checkpoint and the clips."""
     step = toto.load_checkpoint(args.checkpoint)["step"]
     meta = {"checkpoint": str(args.checkpoint), "step": step, "tokenizer": sets["train"].meta["tokenizer"]}
-    return meta | {"clips": [len(tokens) for tokens in sets.values()]}
+    return meta | {"clips": [len(tokens) for tokens in sets.values()], "batch": args.batch}
 
 
-def shown_clips(val, n_clips=4):
-    """The clips of the pictures: of those that end hidden in another cell than the last seen one, the first ones."""
-    if "visible" not in val.labels:
-        return val.names[:n_clips]
-    names = ("cell", f"last of {max(FRAMES)}", "visible")
-    cell, last, visible = (np.array(val.labels[name]) for name in names)
-    order = np.argsort(np.where(visible, 2, np.where(cell == last, 1, 0)), kind="stable")
-    return [val.names[i] for i in order[:n_clips]]
+def fine_tune(name, n_frames, seed, sets, args, device):
+    """§4.7: the classes' gradient through the whole trunk, "pre-trained" or "from scratch".
+
+    -> {"scores", "permanence", "shown": {clip: the cell it was given, for the pictures}}
+    Not in the paper: the head reads the last layer, so that all of the trunk learns.
+    """
+    how = SimpleNamespace(finetune="full", attention="causal", batch=args.batch, epochs=args.epochs, seed=seed)
+    how.lr = args.finetune_lr
+
+    def work(state, settings):
+        trained, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
+        config = replace(trained.config, rope_base=rope_base(trained.config, n_frames))
+        torch.manual_seed(seed)
+        model = toto.Toto(config, trained.compute_dtype).to(device).eval()
+        if name == "pre-trained":
+            model.load_state_dict(trained.state_dict())
+        first, val = (labelled(sets[split], n_frames) for split in ("train", "val"))
+        heads = make_heads(config, [config.n_layers], sets, seed, device)
+        probe.train_heads(heads, None, first, settings, state, how, device, model)
+        (head,) = heads.values()
+        ranked = rank_cells(model, head, val, args, device)
+        if name == "pre-trained" and data.rank() == 0:
+            path = args.out / f"finetuned-{n_frames}-{seed}.pt"
+            probe.save_finetuned(model, tokenizer, checkpoint | {"frames": n_frames}, args, path)
+        shown = {clip: int(ranked[val.names.index(clip), 0]) for clip in shown_clips(sets["val"])}
+        result = {"scores": scores(ranked, sets["val"]), "shown": shown}
+        return result | {"permanence": permanence(ranked, sets["val"], n_frames)}
+
+    if data.rank() == 0:
+        print(f"fine-tuning at {n_frames} frames, {name}, seed {seed}")
+    settings = settings_of(args, sets) | {"frames": n_frames, "seed": seed, "start": name}
+    settings |= {"epochs": args.epochs, "finetune_lr": args.finetune_lr}
+    return train.kept_run(args, f"{name}-{n_frames}-{seed}", settings, work)
+
+
+def sweep_layers(sets, args, device):
+    """§4.8, Fig. 8: the task at 16 frames from each layer of the frozen trunk -> [{"layer", "top1", "interval"}]."""
+    how = SimpleNamespace(finetune=None, attention="causal", batch=args.batch, epochs=args.probe_epochs, seed=args.seed)
+
+    def work(state, settings):
+        model, _, _ = dvae.load_trained(args.checkpoint, args.tokenizer, device)
+        how.lr = (probe.LAPTOP if is_tiny(model.config) else probe.PAPER)["lr"]
+        layers = range(model.config.n_layers + 1)
+        first, val = (labelled(sets[split], min(FRAMES)) for split in ("train", "val"))
+        heads = make_heads(model.config, layers, sets, args.seed, device)
+        features = probe.Features(model, first, layers, how, device)
+        probe.train_heads(heads, features, first, settings, state, how, device, model)
+        results = probe.evaluate(heads, probe.Features(model, val, layers, how, device, keep=False), val, how, device)
+        return [{"layer": l, "top1": r["top1"], "interval": r["interval"]} for (_, _, l), r in results.items()]
+
+    if data.rank() == 0:
+        print(f"layer by layer, the frozen trunk at {min(FRAMES)} frames")
+    settings = settings_of(args, sets) | {"probe_epochs": args.probe_epochs, "seed": args.seed}
+    return train.kept_run(args, "layers", settings, work)
 
 
 # The table and its pictures.
+def over_runs(figures):
+    """(value, low, high) of one run's figure, over clips, or of several runs' figures, over seeds."""
+    return probe.over_seeds([figure[0] for figure in figures]) if len(figures) > 1 else figures[0]
+
+
+def show(figures, scale=100, digits=1):
+    if not figures:
+        return ""
+    value, low, high = (f"{scale * x:.{digits}f}" for x in over_runs(figures))
+    return f"{value} ({low} to {high})"
+
+
+def figures_of(runs, ending, key):
+    return [run[ending][key] for run in runs if key in run[ending]]
+
+
+def verdict(n_frames, gains):
+    """What Table 12 is about, in words that follow the interval and nothing else."""
+    _, low, high = over_runs(gains)
+    words = "permanence" if low > 0 else "no permanence: the last visible cell is better" if high < 0 else "cannot tell"
+    return f"{n_frames} frames, hidden endings, pre-trained less last visible cell: {show(gains)} points: {words}"
+
+
 def print_table(report, args):
     """Table 12, the paper's rows beside ours, by ending; then the verdict."""
-    seeds = f"{args.seeds} seeds, " if args.seeds > 1 else ""
-    print(f"\nTable 12: the snitch's cell in the last frame of {report['clips'][1]} clips; {seeds}95 % intervals")
-    print(f"{'':<26}{'16 frames, top-1':<20}{'32 frames, top-1'}")
+    n_clips, over = report["clips"][1], f"{args.seeds} seeds, " if args.seeds > 1 else ""
+    print(f"\nTable 12: the snitch's cell in the last frame of {n_clips} clips, {over}95 % intervals")
+    line = "{:<26}{:<24}{:<24}{}".format
+    print(line("the paper's top-1, %", *(f"{n_frames} frames" for n_frames in FRAMES), "").rstrip())
     for name, row in PAPER.items():
-        print(f"{name + ' (paper)':<26}{row[0]:<20}{row[1]}" + (" (70.9 in the text)" if "Toto" in name else ""))
-    for n_frames in map(str, FRAMES):
+        print(line(name, *row, "the text of §4.7 has 70.9 at 32" if "Toto" in name else "").rstrip())
+    for n_frames, rows in report["rows"].items():
         for ending, n in report["endings"].items():
-            print(f"\n{n_frames} frames, {ending} endings ({n} clips)\n{'':<26}{'top-1, %':<24}{'top-5, %':<24}distance")
-            for name, runs in report["rows"][n_frames].items():
-                cells = [show([run[ending] for run in runs], key) for key in ("top1", "top5", "manhattan")]
-                print("{:<26}{:<24}{:<24}{}".format(name, *cells))
+            print("\n" + line(f"{n_frames} frames, {ending} ({n})", "top-1, %", "top-5, %", "distance in cells"))
+            for name, runs in rows.items():
+                top1, top5, distance = (figures_of(runs, ending, key) for key in ("top1", "top5", "manhattan"))
+                print(line(name, show(top1), show(top5), show(distance, 1, 2)))
     for n_frames, gains in report["permanence"].items():
         if gains:
             print(f"\n{verdict(n_frames, gains)}")
 
 
-def show(runs, key):
-    """A figure with its interval: over clips where there is one run, over seeds where there are several."""
-    if not all(key in run for run in runs):
-        return ""
-    scale, digits = (1, 2) if key == "manhattan" else (100, 1)
-    mean, low, high = probe.over_seeds([run[key][0] for run in runs]) if len(runs) > 1 else runs[0][key]
-    return f"{scale * mean:.{digits}f} ({scale * low:.{digits}f} to {scale * high:.{digits}f})"
+def shown_clips(val, n_clips=4):
+    """The clips of the pictures: the first that end hidden, and in another cell than the last visible one."""
+    if "visible" not in val.labels:
+        return val.names[:n_clips]
+    cell, last, visible = (np.array(val.labels[key]) for key in ("cell", f"last of {max(FRAMES)}", "visible"))
+    order = np.argsort(np.where(visible, 2, cell == last), kind="stable")
+    return [val.names[i] for i in order[:n_clips]]
 
 
-def verdict(n_frames, gains):
-    mean, low, high = probe.over_seeds([gain[0] for gain in gains]) if len(gains) > 1 else gains[0]
-    words = "permanence" if low > 0 else "no permanence: the last visible cell is better" if high < 0 else "cannot tell"
-    what = "hidden endings, pre-trained less last visible cell"
-    return f"{n_frames} frames, {what}: {100 * mean:+.1f} points ({100 * low:.1f} to {100 * high:.1f}): {words}"
-
-
-def draw(plt, report, pictures, path):
-    """Top-1 by ending as bars, and the last frames of a clip that ends hidden, with the cells that matter marked."""
-    n_columns = 6
-    figure = plt.figure(figsize=(13, 6.5))
-    grid = figure.add_gridspec(2, n_columns, height_ratios=(1.5, 1))
-    for i, n_frames in enumerate(map(str, FRAMES)):
-        axes, rows = figure.add_subplot(grid[0, 3 * i : 3 * i + 3]), report["rows"][n_frames]
-        for j, (name, runs) in enumerate(rows.items()):
-            for k, ending in enumerate(report["endings"]):
-                of = [run[ending]["top1"] for run in runs if "top1" in run[ending]]
-                if of:
-                    mean, low, high = probe.over_seeds([x[0] for x in of]) if len(of) > 1 else of[0]
-                    at, low, high = j + 0.25 * (k - 1), max(low, 0), min(high, 1)
-                    axes.bar(at, 100 * mean, 0.23, color=f"C{k}", label=ending if j == 0 else None)
-                    axes.vlines(at, 100 * low, 100 * high, color="black", linewidth=1)
-        paper = PAPER["Toto-large"][i]
-        axes.axhline(paper, linestyle=":", color="grey", label=f"paper, on CATER: {paper}")
-        axes.set_xticks(range(len(rows)), [name.replace(" ", "\n", 1) for name in rows], fontsize="small")
-        axes.set(title=f"{n_frames} frames", ylabel="top-1, %", ylim=(0, 105))
-    axes.legend(fontsize="small", frameon=False)
-    clip = pictures[0]
-    for i in range(n_columns):
-        axes, f = figure.add_subplot(grid[1, i]), len(clip["frames"]) - 1 - 5 * (n_columns - 1 - i)
-        axes.imshow(clip["frames"][f])
-        axes.set_title(f"frame {f + 1}", fontsize="small")
-        axes.axis("off")
-    for key, colour in (("true", "white"), ("predicted", "red"), ("last visible", "black")):
-        if clip.get(key, -1) >= 0 and clip["is_drawn"]:  # CATER's camera is not ours: only words there
-            x, y = clip[key] % SIDE - 3, clip[key] // SIDE - 3
-            corners = [(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1), (x, y)]
-            u, v = np.array([project(len(clip["frames"][0]), *corner) for corner in corners]).T
-            axes.plot(u - 0.5, v - 0.5, color=colour, linewidth=1.5, linestyle="--" if key == "predicted" else "-")
-    words = ", ".join(f"{key} {clip[key]}" for key in ("true", "predicted", "last visible") if clip.get(key, -1) >= 0)
-    figure.text(0.5, 0.01, f"cells: {words} (white, dashed red, black)" if clip["is_drawn"] else f"cells: {words}", ha="center")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, dpi=100)
-
-
-def pictures_of(args, val, shown):
-    """[{"frames", "true", "predicted", "last visible"}] of the shown clips, at 32 frames."""
+def pictures_of(args, shown):
+    """[{"frames", "true", "predicted", "last visible"}] of the shown clips {name: predicted cell}, at 32 frames."""
     items, pictures = {item.name: item for item in sum(shards_of(args, "val"), [])}, []
     for name, predicted in shown.items():
         labels, frames = items[name].read()
-        picture = {"frames": np.stack(list(frames)), "true": labels["cell"], "predicted": predicted}
-        pictures.append(picture | {"last visible": labels.get(f"last of {max(FRAMES)}", -1), "is_drawn": not args.data})
+        cells = {"true": labels["cell"], "predicted": predicted, "last visible": labels.get(f"last of {max(FRAMES)}")}
+        pictures.append({"frames": np.stack(list(frames)), "cells": cells})
     return pictures
+
+
+def draw(plt, report, picture, path, args):
+    """Top-1 by ending as bars; below, the last frames of a clip that ends hidden, with the cells that matter marked."""
+    figure, n_columns = plt.figure(figsize=(13, 6.5)), 6
+    grid = figure.add_gridspec(2, n_columns, height_ratios=(1.5, 1))
+    for i, (n_frames, rows) in enumerate(report["rows"].items()):
+        axes = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
+        for j, runs in enumerate(rows.values()):
+            for k, ending in enumerate(report["endings"]):
+                if figures := figures_of(runs, ending, "top1"):
+                    value, low, high = (100 * min(max(x, 0), 1) for x in over_runs(figures))
+                    axes.bar(j + 0.25 * k, value, 0.23, color=f"C{k}", label=ending if j == 0 else None)
+                    axes.vlines(j + 0.25 * k, low, high, color="black", linewidth=1)
+        paper = PAPER["Toto-large"][i]
+        axes.axhline(paper, linestyle=":", color="grey", label=f"paper, all of CATER: {paper}")
+        axes.set_xticks(range(len(rows)), [name.replace(" ", "\n", 1) for name in rows], fontsize="small")
+        axes.set(title=f"{n_frames} frames", ylabel="top-1, %", ylim=(0, 105))
+        axes.legend(fontsize="small", frameon=False)
+    for i in range(n_columns):
+        axes, f = figure.add_subplot(grid[1, i]), max(FRAMES) - 1 - 3 * (n_columns - 1 - i)
+        axes.imshow(picture["frames"][f])
+        axes.set_title(f"frame {f + 1}", fontsize="small")
+        axes.axis("off")
+    colours = {"true": "white", "predicted": "red", "last visible": "black"}
+    for inset, (key, cell) in enumerate(picture["cells"].items()):
+        if not args.data and cell is not None and cell >= 0:  # on the last frame; CATER's camera is not known here
+            x, y = cell % SIDE - 3 + 0.08 * inset, cell // SIDE - 3 + 0.08 * inset
+            (u, v), side = project(args.resolution, x, y), args.resolution / SIDE * (1 - 0.16 * inset)
+            axes.add_patch(plt.Rectangle((u - 0.5, v - 0.5), side, side, fill=False, edgecolor=colours[key]))
+    words = [f"{key}: {cell} ({colours[key]})" for key, cell in picture["cells"].items() if cell is not None]
+    figure.text(0.5, 0.01, "cells of the last frame, " + ", ".join(words), ha="center")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=100)
 
 
 # The program.
@@ -580,10 +589,7 @@ def parse_arguments():
     add("--seeds", type=count, default=1, help="fine-tunings of each kind, from --seed on")
     add("--out", default="out/table12", type=data.output_folder, help="folder for results, models and cached tokens")
     args = parser.parse_args()
-    for name, value in (LAPTOP if args.size == "tiny" else DEFAULTS).items():
-        setattr(args, name, getattr(args, name, None) or value)
-    args.compile = args.shard = args.recompute = False
-    args.probe = None
+    args.compile, args.shard, args.recompute, args.probe = False, False, False, None
     return args
 
 
@@ -591,40 +597,40 @@ def main():
     args, plt = parse_arguments(), data.pyplot()
     device = data.pick_device(args.device)
     data.start_processes(device)
-    given = args.checkpoint
+    config, tokenizer, given = toto.SIZES[args.size], None, args.checkpoint
     if given:
         _, tokenizer, checkpoint = dvae.load_trained(given, args.tokenizer, device)
-        args.resolution = checkpoint["resolution"]
+        config, args.resolution = checkpoint["config"], checkpoint["resolution"]
+    for name, value in (LAPTOP if is_tiny(config) else DEFAULTS).items():
+        setattr(args, name, getattr(args, name, None) or value)
     shards = {split: shards_of(args, split) for split in ("train", "val")}
-    tokenizer = tokenizer if given else make_tokenizer(args, shards["train"], device)
-    sets = {}
-    for split in shards:
-        source = f"{args.data or 'cups'}-{split}"
-        sets[split] = data.tokenize_cached(source, shards[split], args.out / "tokens", tokenizer, args.resolution, 1)
-    report = {"clips": [len(tokens) for tokens in sets.values()], "paper": PAPER}
+    tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
+    how = args.out / "tokens", tokenizer, args.resolution, 1
+    sets = {split: data.tokenize_cached(f"{args.data or 'cups'}-{split}", shards[split], *how) for split in shards}
+
+    report = {"paper": PAPER, "clips": [len(tokens) for tokens in sets.values()]}
+    report["endings"] = {name: int(which.sum()) for name, which in endings(sets["val"]).items()}
     if not given:
         report["pre-training"] = pre_train(args, sets, tokenizer, device)
         args.checkpoint, args.tokenizer = args.out / "toto.pt", None
-    report["endings"] = {name: int(which.sum()) for name, which in endings(sets["val"]).items()}
     report |= {"rows": {}, "permanence": {}}
     for n_frames in FRAMES:
-        rows = {}
-        for name in ("pre-trained", "from scratch"):
-            runs = [fine_tune(name, n_frames, args.seed + i, sets, args, device) for i in range(args.seeds)]
+        seeds, rows = range(args.seed, args.seed + args.seeds), {}
+        for name in ("from scratch", "pre-trained"):
+            runs = [fine_tune(name, n_frames, seed, sets, args, device) for seed in seeds]
             rows[name] = [run["scores"] for run in runs]
-            if name == "pre-trained":
-                report["permanence"][str(n_frames)] = [run["permanence"] for run in runs if run["permanence"]]
-                shown = runs[0]["shown"]
-        report["rows"][str(n_frames)] = rows | {k: [v] for k, v in floors(sets, n_frames).items()}
+        floors_ = {name: [found] for name, found in floors(sets, n_frames).items()}
+        report["rows"][str(n_frames)] = {"pre-trained": rows.pop("pre-trained")} | rows | floors_
+        report["permanence"][str(n_frames)] = [run["permanence"] for run in runs if run["permanence"]]
     report["layers"] = {"permanence": sweep_layers(sets, args, device)}
     if data.rank() == 0:
         data.write_json(report, args.out / "table12.json")
         print_table(report, args)
-        pictures = pictures_of(args, sets["val"], shown)
-        draw(plt, report, pictures, args.out / "table12.png")
-        rows = [[(f"cell {p['true']}, said {p['predicted']}", p["frames"]) for p in pictures]]
+        pictures = pictures_of(args, runs[0]["shown"])
+        draw(plt, report, pictures[0], args.out / "table12.png", args)
+        rows = [[(f"{p['cells']['true']}, said {p['cells']['predicted']}", p["frames"]) for p in pictures]]
         data.write_gif(args.out / "table12.gif", rows, n_prompt=0)
-        print(f"wrote {args.out / 'table12.json'}, table12.png and table12.gif beside it")
+        print(f"wrote table12.json, table12.png and table12.gif to {args.out}")
 
 
 if __name__ == "__main__":

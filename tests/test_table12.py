@@ -68,11 +68,12 @@ def test_calibration():
         error = math.sqrt(theirs * (1 - theirs) * (1 / len(values) + 1 / n_theirs))
         assert abs(values.mean() - theirs) < 3 * error, (name, values.mean())
     assert last[~contained].mean() > 0.95  # theirs: as good as all
-    assert abs(np.bincount(cells).max() / len(cells) - 0.045) < 3 * math.sqrt(0.045 * 0.955 * (1 / 400 + 1 / len(cells)))
+    most = np.bincount(cells).max() / len(cells)
+    assert abs(most - 0.045) < 3 * math.sqrt(0.045 * 0.955 * (1 / 400 + 1 / len(cells)))
 
 
 def redraw(clip, f, left_out):
-    """Frame f of a clip anew, from its positions alone and without some objects; what is contained is not known here."""
+    """Frame f of a clip anew, from its positions alone and without some objects; containment is not known here."""
     image = Image.fromarray(data.world_ground(48).round().astype(np.uint8))
     order = sorted(range(len(clip.kinds)), key=lambda i: (round(clip.positions[f, i, 1], 6), clip.kinds[i] in (1, 2)))
     for i in order:
@@ -189,7 +190,7 @@ def test_the_verdict_follows_the_interval():
 
 
 def test_rope_base():
-    """§4.2's 50,000 at 32 frames; tiny, whose base is 20, gets the same factor; the other 32-frame bases do not grow."""
+    """§4.2's 50,000 at 32 frames; tiny, whose base is 20, gets the same factor."""
     assert table12.rope_base(toto.SIZES["tiny"], 16) == 20 and table12.rope_base(toto.SIZES["tiny"], 32) == 100
     assert table12.rope_base(toto.SIZES["large"], 16) == 10_000 and table12.rope_base(toto.SIZES["large"], 32) == 50_000
 
@@ -303,7 +304,7 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     """All of it, and stopped in the middle of pre-training and of a fine-tuning: the same figures."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     out = run(command(tokenizer, tmp_path / "one", "--clips", 20)).stdout
-    assert "Toto-large (paper)" in out and "last visible cell" in out and "frames, hidden endings, pre-trained" in out
+    assert "62.8 " in out and "last visible cell" in out and "frames, hidden endings, pre-trained" in out
 
     stops, take_step, features = [], train.take_step, probe.fine_tuned_features
 
