@@ -92,7 +92,7 @@ def simulate(rng):
         for j in contents(i):
             shift(j, place)
 
-    def act(i, busy, lifted):
+    def act(i, busy, lifted):  # one object's action in a slot, if any
         draw = rng.random()
         covers = {SNITCH: draw < CONTAIN, SMALL: draw < 0.1}.get(kinds[i], False)
         if len(contents(i)):
@@ -159,7 +159,7 @@ def cups_clip(index, n_frames=32, resolution=48, seed=0):
         slot = ((f + 1) * SLOTS - 1) // n_frames  # a slot's last moment belongs to it
         done = ((f + 1) * SLOTS - slot * n_frames) / n_frames  # above 0, up to 1
         start, end, lifted, before, after = slots[slot]
-        hidden = (after >= 0) & ((before >= 0) | (done == 1))
+        hidden = (after >= 0) & ((before >= 0) | (done == 1))  # under a cone, not only about to be
         # What moves goes from cell to cell, as the pieces of the built-in world do, and what is carried a cell higher.
         places = np.column_stack((np.floor(start + done * (end - start)) + 0.5, lifted * (done < 1)))
         image = ground.copy()
@@ -229,6 +229,7 @@ def cater_shards(folder, split, resolution):
 
 # The sets of clips.
 def shards_of(args, split):
+    """What is tokenized for a split: CATER's videos, or as many clips of the stand-in, the two splits far apart."""
     if args.data:
         return cater_shards(args.data, split, args.resolution)
     n_train = round(0.7 * args.clips)  # CATER's share
@@ -255,7 +256,8 @@ def make_tokenizer(args, shards, device):
             dvae.save(model, path)
             for file in (state, dvae.warm_start_file(state)):
                 file.unlink(missing_ok=True)
-            dvae.draw_kept(model, read_pool(1)[:: dvae.POOL // 8][:8], path.with_suffix(".png"))
+            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
+            dvae.draw_kept(model, examples, path.with_suffix(".png"))
     data.wait_for_all()
     return dvae.load(path, device, data.fast_dtype(device))
 
@@ -293,17 +295,15 @@ def scores(ranked, tokens):
     distance. A single guess (N, 1) has no top5; a guess of -1, where there was nothing to go by, has no distance.
     """
     cell, found = np.array(tokens.labels["cell"]), {}
+    right, distance = ranked == cell[:, None], manhattan(ranked[:, 0], cell)
     for name, which in endings(tokens).items():
-        right, n = ranked[which] == cell[which, None], int(which.sum())
-        row = {"n": n}
-        for k in (1, 5) if n and ranked.shape[1] >= 5 else (1,) if n else ():
-            share = float(right[:, :k].any(axis=1).mean())
-            row[f"top{k}"] = [share, *probe.wilson(share, n)]
+        found[name] = row = {"n": int(which.sum())}
+        for k in ((1, 5) if ranked.shape[1] > 1 else (1,)) if which.any() else ():
+            share = float(right[which, :k].any(axis=1).mean())
+            row[f"top{k}"] = [share, *probe.wilson(share, row["n"])]
         guessed = which & (ranked[:, 0] >= 0)
-        distance = manhattan(ranked[guessed, 0], cell[guessed])
-        if len(distance):
-            row["manhattan"] = mean_interval(distance)
-        found[name] = row
+        if guessed.any():
+            row["manhattan"] = mean_interval(distance[guessed])
     return found
 
 
@@ -314,8 +314,10 @@ def mean_interval(values):
 
 
 def permanence(ranked, tokens, n_frames):
-    """[gain, low, high]: by how much top-1 is above the last seen cell's, where the snitch ends hidden; clip by clip.
+    """[gain, low, high]: by how much top-1 is above the last visible cell's, where the snitch ends hidden.
 
+    Who says no more than where it was last seen has a gain of 0: only what it takes to follow a thing that is hidden
+    counts. The two are compared clip by clip, which makes the interval, for many clips, shorter than from two shares.
     None where no clip ends so, or where nobody knows.
     """
     hidden = endings(tokens).get("hidden", np.zeros(0, dtype=bool))
@@ -326,7 +328,7 @@ def permanence(ranked, tokens, n_frames):
 
 
 def floors(sets, n_frames):
-    """{name: scores} of what needs no model, and of the ceiling."""
+    """{name: scores} of what needs no model, and of the ceiling. Seen means: in the frames that the model gets."""
     cell, val = np.array(sets["train"].labels["cell"]), sets["val"]
     guesses = {"most frequent cell": np.full(len(val), np.bincount(cell).argmax())}
     if "visible" in val.labels:
@@ -547,7 +549,8 @@ def draw(plt, report, picture, path, args):
                     axes.vlines(j + 0.25 * k, low, high, color="black", linewidth=1)
         paper = PAPER["Toto-large"][i]
         axes.axhline(paper, linestyle=":", color="grey", label=f"paper, all of CATER: {paper}")
-        axes.set_xticks(range(len(rows)), [name.replace(" ", "\n", 1) for name in rows], fontsize="small")
+        middles = np.arange(len(rows)) + 0.125 * (len(report["endings"]) - 1)
+        axes.set_xticks(middles, [name.replace(" ", "\n", 1) for name in rows], fontsize="small")
         axes.set(title=f"{n_frames} frames", ylabel="top-1, %", ylim=(0, 105))
         axes.legend(fontsize="small", frameon=False)
     for i in range(n_columns):
