@@ -6,8 +6,8 @@
 
 A golden snitch moves among cones and other objects; a cone may be put over it and slide away with it. In which of the
 6 x 6 cells of the ground is it in the last frame? Toto is pre-trained on the clips by next tokens (or read from
---checkpoint), then fine-tuned: an attention pool with 36 classes, whose gradient reaches the whole trunk. Beside it the
-same trunk from random weights, and what needs no model: the last cell in which the snitch was seen, the cell of the
+--checkpoint), then fine-tuned: a linear head with 36 classes, whose gradient reaches the whole trunk. Beside it the same
+trunk from random weights, and what needs no model: the last cell in which the snitch was seen, the cell of the
 first frame, the most frequent cell. Only what is above the last seen cell, where the snitch ends hidden, is permanence.
 
 Writes to --out: table12.json, table12.png, table12.gif, the tokenizer dvae.pt, the pre-trained toto.pt and the
@@ -28,6 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
@@ -351,19 +352,22 @@ def rank_cells(model, head, split, args, device):
 
 
 # The runs.
-class LastFramePool(probe.AttentionPool):
-    """§3.5's attention pool over the tokens of the last frame, which have looked at all frames before it.
+class LastFrameHead(nn.Module):
+    """A linear classifier of the last frame's tokens, laid out in order; they have looked at all frames before.
 
-    Not in the paper, which does not describe its head. Over the tokens of all frames two passes over 2,100 clips taught
-    nothing: 8 % of all endings were right, where this had 24 %.
+    Not in the paper, which describes no head. §3.5's attention pool forgets the order of tokens, so that each must first
+    learn to say where it is: after as many steps 59 % of the visible endings were right, and 99.8 % with this.
     """
 
     def __init__(self, config, tokens_per_frame):
-        super().__init__(config.dim, config.n_heads, CELLS)
-        self.tokens_per_frame = tokens_per_frame
+        super().__init__()
+        self.tokens_per_frame, self.norm = tokens_per_frame, probe.FeatureNorm(config.dim)
+        self.classifier = nn.Linear(tokens_per_frame * config.dim, CELLS)
 
     def forward(self, x):
-        return super().forward(x[:, -self.tokens_per_frame :])  # (B, T, D) -> (B, 36)
+        x = x[:, -self.tokens_per_frame :].float()  # (B, T, D) -> (B, h·w, D)
+        mean, scale = self.norm(x)
+        return self.classifier(((x - mean) * scale).flatten(1))  # (B, 36)
 
 
 def make_heads(config, layers, sets, seed, device):
@@ -371,7 +375,7 @@ def make_heads(config, layers, sets, seed, device):
     heads = {}
     for l in layers:
         torch.manual_seed(seed)
-        heads["cell", "attention", l] = LastFramePool(config, math.prod(sets["train"].meta["grid"])).to(device)
+        heads["cell", "last frame", l] = LastFrameHead(config, math.prod(sets["train"].meta["grid"])).to(device)
     return heads
 
 

@@ -300,6 +300,20 @@ def test_ranks_are_of_the_last_layer(tokenizer):
         assert ranked[clip].tolist() == logits.argsort(descending=True)[:5].tolist()
 
 
+def test_the_head_reads_the_last_frame_in_order():
+    """By hand: a linear map of the last 4 of 12 tokens, normalised; what comes before does not matter, order does."""
+    config = toto.Config(dim=8, n_heads=2, n_layers=1, hidden=16)
+    torch.manual_seed(0)
+    head, x = table12.LastFrameHead(config, 4).eval(), torch.randn(3, 12, 8)
+    head.norm.mean.copy_(torch.randn(8))
+    head.norm.var.fill_(4.0)
+    normed = (x[:, 8:] - head.norm.mean) / math.sqrt(4.0 + 1e-5)
+    by_hand = [clip.flatten() @ head.classifier.weight.T + head.classifier.bias for clip in normed]
+    torch.testing.assert_close(head(x), torch.stack(by_hand))
+    assert torch.equal(head(x), head(torch.cat((torch.randn(3, 8, 8), x[:, 8:]), dim=1)))
+    assert not torch.allclose(head(x), head(torch.cat((x[:, :8], x[:, 8:].flip(1)), dim=1)))
+
+
 def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     """All of it, and stopped in the middle of pre-training and of a fine-tuning: the same figures."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
