@@ -80,8 +80,8 @@ VOID = 255  # in a mask: nobody knows what this pixel is
 
 # Propagation
 def propagate_plainly(query, keys, labels, protocol):
-    """Features of a frame (h, w, D) and of its context (C, h, w, D), all of unit length, and the soft labels of that,
-    (C, h, w, O) -> the frame's soft labels (h, w, O). Frame 0 of the context is the first of the sequence.
+    """§4.5, Table 10: features of a frame (h, w, D) and of its context (C, h, w, D), all of unit length, and the soft
+    labels of that, (C, h, w, O) -> the frame's soft labels (h, w, O). Frame 0 of the context is the sequence's first.
 
     The definition, with all similarities in memory, 1.3 GiB at 64 x 64 tokens; `propagate` computes the same.
     """
@@ -510,7 +510,7 @@ def paint(frame, mask, truth=None):
 
 
 def draw(plt, sequence, view, row, results, layers, protocol, out):
-    """table10.png: frames of a sequence with the masks that were carried to them, and J&F over depth; table10.gif."""
+    """Fig. 5, table10.png: frames with the masks that were carried to them, and J&F over depth; and table10.gif."""
     frames, truths = sequence.read()
     only = View(view.name, view.size, view.side, lambda frame: {row: view.see(frame)[row]})
     how = {"total": len(frames) - 1, "desc": "drawing", "unit": "frame", "dynamic_ncols": True}

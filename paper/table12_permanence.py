@@ -6,8 +6,8 @@
 
 A golden snitch moves among cones and other objects; a cone may be put over it and slide away with it. In which of the
 6 x 6 cells of the ground is it in the last frame? Toto is pre-trained on the clips by next tokens (or read from
---checkpoint), then fine-tuned: a linear head with 36 classes, whose gradient reaches the whole trunk. Beside it the same
-trunk from random weights, and what needs no model: the last cell in which the snitch was seen, the cell of the
+--checkpoint), then fine-tuned: a linear head with 36 classes, whose gradient reaches the whole trunk. Beside it stands
+the same trunk from random weights, and what needs no model: the last cell in which the snitch was seen, the cell of the
 first frame, the most frequent cell. Only what is above the last seen cell, where the snitch ends hidden, is permanence.
 
 Writes to --out: table12.json, table12.png, table12.gif, the tokenizer dvae.pt, the pre-trained toto.pt and the
