@@ -355,8 +355,8 @@ def rank_cells(model, head, split, args, device):
 class LastFrameHead(nn.Module):
     """A linear classifier of the last frame's tokens, laid out in order; they have looked at all frames before.
 
-    Not in the paper, which describes no head. §3.5's attention pool forgets the order of tokens, so that each must first
-    learn to say where it is: after as many steps 59 % of the visible endings were right, and 99.8 % with this.
+    Not in the paper, which describes no head. §3.5's attention pool forgets the order of tokens, so that each must
+    first learn to say where it is: after as many steps 59 % of the visible endings were right, and 99.8 % with this.
     """
 
     def __init__(self, config, tokens_per_frame):

@@ -134,7 +134,7 @@ def test_the_first_frame_from_afar(protocol, is_seen):
 
 @protocols
 def test_the_context_is_the_first_frame_and_the_last_ones(protocol):
-    """Frame t is unlike all but frame `like`: its label comes from there if that is in the context, as an index list."""
+    """Frame t is unlike all but frame `like`: its label comes from there if that is in the context."""
     n, D = protocol.n_last + 5, protocol.n_last + 5
     for t, like in ((n - 1, n - 1 - protocol.n_last), (n - 1, n - 2 - protocol.n_last), (n - 1, 0), (3, 2)):
         track = table10.Track(torch.eye(D)[0].expand(2, 2, D), torch.zeros(2, 2, n), replace(protocol, top_k=1))
@@ -249,7 +249,7 @@ def test_raw_patches_equal_both_programs(protocol):
 # Folders, and the program
 @pytest.fixture
 def davis(tmp_path):
-    """Two sequences as DAVIS-2017 has them, one with two objects, one with values 0 and 255; val.txt has one more line."""
+    """Three sequences as DAVIS-2017 has them, one with two objects, two with values 0 and 255; val.txt names two."""
     root = tmp_path / "davis"
     for name, n_objects in (("one", 1), ("two", 2), ("train", 1)):
         frames, masks = moving_squares(5, n_objects=n_objects)
