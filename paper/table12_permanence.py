@@ -584,7 +584,7 @@ def parse_arguments():
     add("--tokenizer", type=Path, help="its tokenizer (default: dvae.pt beside it, or in --out, trained if missing)")
     add("--size", default="tiny", choices=toto.SIZES, help="of the model to pre-train; §4.7 has large")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
-    add("--clips", type=data.number(int, at_least=8), default=2400, help="of the stand-in, 70 %% of them for training")
+    add("--clips", type=data.number(int, at_least=8), default=1600, help="of the stand-in, 70 %% of them for training")
     add("--steps", type=count, help=f"of pre-training {about('steps')}")
     add("--batch-tokens", type=count, help=f"tokens in a step of it, of all processes {about('batch_tokens')}")
     add("--micro-batch", type=count, default=4, help="sequences in one forward pass of it, in one process")
