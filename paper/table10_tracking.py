@@ -22,6 +22,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -57,49 +58,66 @@ class Protocol:
     temperature: float  # of the softmax over their cosine similarities
     reach: int  # a place is compared with others so many rows or columns away
     is_round: bool  # and nearer than `reach` + 1 in a straight line
-    first_everywhere: bool  # but with all of the first frame
+    sees_all_of_first: bool  # but with all of the first frame
     is_padded: bool  # copies of the first frame stand for frames before it
+    is_stretched: bool  # at the end the map of each label is stretched from 0 to 1, at the size that the model sees
     first_mask: dict  # how F.interpolate brings the first mask to the grid
     std: tuple  # of red, green and blue, by which raw patches are normalised
 
     def is_near(self, dy, dx):
         """Whether places dy rows and dx columns apart are compared."""
-        is_near = (abs(dy) <= self.reach) & (abs(dx) <= self.reach)
-        return is_near & (dy**2 + dx**2 < (self.reach + 1) ** 2) if self.is_round else is_near
+        is_in_square = (abs(dy) <= self.reach) & (abs(dx) <= self.reach)
+        return is_in_square & (dy**2 + dx**2 < (self.reach + 1) ** 2) if self.is_round else is_in_square
 
 
 # §4.5 follows videowalk (Jabri et al., 2020; the command of its README). DINO's rows in Table 10 come from the other.
 # Not in the paper: videowalk's own bilinear reduction skips most pixels of a mask; here all pixels of a token count.
-VIDEOWALK = Protocol("videowalk", n_last=20, top_k=10, temperature=0.05, reach=11, is_round=True, first_everywhere=True,
-                     is_padded=True, first_mask={"mode": "bilinear", "antialias": True},
-                     std=(0.229, 0.224, 0.225))  # fmt: skip
-DINO = Protocol("dino", n_last=7, top_k=5, temperature=0.1, reach=12, is_round=False, first_everywhere=False,
-                is_padded=False, first_mask={"mode": "nearest-exact"}, std=(0.228, 0.224, 0.225))  # fmt: skip
+VIDEOWALK = Protocol("videowalk", n_last=20, top_k=10, temperature=0.05, reach=11, is_round=True,
+                     sees_all_of_first=True, is_padded=True, is_stretched=False,
+                     first_mask={"mode": "bilinear", "antialias": True}, std=(0.229, 0.224, 0.225))  # fmt: skip
+DINO = Protocol("dino", n_last=7, top_k=5, temperature=0.1, reach=12, is_round=False,
+                sees_all_of_first=False, is_padded=False, is_stretched=True,
+                first_mask={"mode": "nearest-exact"}, std=(0.228, 0.224, 0.225))  # fmt: skip
 VOID = 255  # in a mask: nobody knows what this pixel is
 
 
 # Propagation
-def propagate_plainly(query, keys, labels, protocol):
-    """§4.5, Table 10: features of a frame (h, w, D) and of its context (C, h, w, D), all of unit length, and the soft
-    labels of that, (C, h, w, O) -> the frame's soft labels (h, w, O). Frame 0 of the context is the sequence's first.
+FAR = -1e4  # the similarity of places that are not compared: their weight is 0
 
-    The definition, with all similarities in memory, 1.3 GiB at 64 x 64 tokens; `propagate` computes the same.
+
+def weigh(similar, protocol):
+    """Similarities (n, m) of n places to m others -> the softmax over the top_k of these, 0 for the rest, (n, m).
+
+    Not in the paper: those as good as the last of the k share what is left of it. There are many of them where a colour
+    is plain, or a code frequent, and which of them a top-k takes would decide the labels.
+    """
+    k = min(protocol.top_k, similar.shape[1])
+    best = similar.topk(k).values  # (n, k), the greatest first
+    first, last = best[:, :1], best[:, -1:]
+    is_above, is_level = similar > last + 1e-6, (similar - last).abs() <= 1e-6
+    share = (k - is_above.sum(dim=1, keepdim=True)) / is_level.sum(dim=1, keepdim=True)
+    weights = ((similar - first) / protocol.temperature).exp_() * torch.where(is_level, share, is_above)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def propagate_plainly(query, keys, labels, protocol):
+    """§4.5, Table 10: a frame's features (h, w, D) and its context's, (C, h, w, D), all of unit length, and the soft
+    labels of the context (C, h, w, O) -> those of the frame (h, w, O). Of the context, frame 0 is the sequence's first.
+
+    The definition, with all similarities in memory: several times 1.3 GiB at 64 x 64 tokens. `propagate` is the same.
     """
     h, w, _ = query.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     is_near = protocol.is_near(*(p.flatten()[:, None] - p.flatten() for p in (y, x))).to(query.device)  # (h·w, h·w)
     similar = torch.einsum("qd,ckd->qck", query.flatten(0, 1), keys.flatten(1, 2))  # (h·w, C, h·w)
-    first = int(protocol.first_everywhere)
-    similar[:, first:].masked_fill_(~is_near[:, None], -math.inf)
-    similar, place = similar.flatten(1).topk(min(protocol.top_k, similar[0].numel()))  # (h·w, k)
-    weights = (similar / protocol.temperature).softmax(dim=1)
-    return torch.einsum("qk,qko->qo", weights, labels.flatten(0, 2)[place]).unflatten(0, (h, w))
+    similar[:, int(protocol.sees_all_of_first) :].masked_fill_(~is_near[:, None], FAR)
+    return (weigh(similar.flatten(1), protocol) @ labels.flatten(0, 2)).unflatten(0, (h, w))
 
 
 def propagate(query, keys, labels, protocol, tile=8):
     """`propagate_plainly` for a tile of tile x tile places at a time, compared with what is in reach of them alone."""
     (h, w, _), reach, result = query.shape, protocol.reach, torch.empty_like(labels[0])
-    first = int(protocol.first_everywhere)
+    first = int(protocol.sees_all_of_first)
     y, x = torch.arange(h, device=query.device), torch.arange(w, device=query.device)
     for top in range(0, h, tile):
         rows, near_rows = slice(top, top + tile), slice(max(top - reach, 0), top + tile + reach)
@@ -110,13 +128,11 @@ def propagate(query, keys, labels, protocol, tile=8):
             dy, dx = y[rows, None] - y[near_rows], x[columns, None] - x[near_columns]
             is_near = protocol.is_near(dy[:, None, :, None], dx[:, None]).flatten(2).flatten(0, 1)  # (n, m)
             similar = (places @ near.flatten(0, 1).T).unflatten(1, near.shape[:2])  # (n, C, m)
-            similar, found = similar.masked_fill_(~is_near[:, None], -math.inf).flatten(1), found.flatten(0, 2)
+            similar, found = similar.masked_fill_(~is_near[:, None], FAR).flatten(1), found.flatten(0, 2)
             if first:
                 similar = torch.cat((places @ keys[0].flatten(0, 1).T, similar), dim=1)
                 found = torch.cat((labels[0].flatten(0, 1), found))
-            similar, best = similar.topk(min(protocol.top_k, similar.shape[1]))  # (n, k)
-            weights = (similar / protocol.temperature).softmax(dim=1)
-            soft = torch.einsum("nk,nko->no", weights, found[best])
+            soft = weigh(similar, protocol) @ found  # (n, O)
             result[rows, columns] = soft.view_as(result[rows, columns])
     return result
 
@@ -154,7 +170,7 @@ def draw_labels(labels, size, frame_size, protocol):
     """
     labels = labels.cpu().movedim(-1, 0)[None]
     how = {"mode": "bilinear", "align_corners": False}
-    if protocol is not DINO:
+    if not protocol.is_stretched:
         return F.interpolate(labels, size, **how)[0].argmax(dim=0).byte().numpy()
     labels = F.interpolate(labels, frame_size, **how)
     low, high = labels.amin((2, 3), keepdim=True), labels.amax((2, 3), keepdim=True)
@@ -176,11 +192,11 @@ def outline(mask):
     return (m[:-1, :-1] != m[:-1, 1:]) | (m[:-1, :-1] != m[1:, :-1]) | (m[:-1, :-1] != m[1:, 1:])
 
 
-def widen(outline, radius):
-    """All pixels at most `radius` away from one of these."""
+def widen(pixels, radius):
+    """Of pixels, bool (H, W), all that lie at most `radius` away from one of them."""
     dy, dx = np.nonzero(np.hypot(*np.indices(2 * [2 * radius + 1]) - radius) <= radius)  # a disk's
-    y, x = np.nonzero(outline)
-    wide = np.pad(np.zeros_like(outline), radius)
+    y, x = np.nonzero(pixels)
+    wide = np.pad(np.zeros_like(pixels), radius)
     wide[y[:, None] + dy, x[:, None] + dx] = True
     return wide[radius:-radius, radius:-radius]
 
@@ -200,7 +216,10 @@ def contour_accuracy(mask, truth):
 
 
 def j_and_f(mask, truth, label):
-    """[J, F] of one label in two masks, uint8 (H, W); where the truth is VOID, nothing counts."""
+    """[J, F] of one label in two masks, uint8 (H, W); where the truth is VOID, nothing counts.
+
+    So have the challenge's two functions it. Its own masks have no VOID, and its program would take it for the ground.
+    """
     counts = truth != VOID
     ours, theirs = (mask == label) & counts, truth == label
     return [region_similarity(ours, theirs), contour_accuracy(ours, theirs)]
@@ -221,6 +240,7 @@ class Sequence:
     name: str
     n_frames: int
     read: callable  # () -> frames, uint8 (H, W, 3) each, and masks, uint8 (H, W), or None where a frame has none
+    version: int = 0  # another where the files are others
 
 
 def davis_sequences(root):
@@ -230,10 +250,13 @@ def davis_sequences(root):
         raise ValueError(f"{root}: no such folder")
     if (root / "JPEGImages").is_dir():
         names, folder = root / "ImageSets" / "2017" / "val.txt", root / "JPEGImages" / "480p"
-        names = names.read_text().split() if names.exists() else sorted(p.name for p in folder.iterdir() if p.is_dir())
-        folders = [folder / name for name in names]
+        here = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        listed = [line.strip() for line in names.read_text().splitlines() if line.strip()] if names.exists() else here
+        folders = [folder / name for name in dict.fromkeys(listed)]
+        if not folders:
+            raise ValueError(f"{names if names.exists() else folder}: names no sequence")
     else:
-        folders = [root]
+        folders = [root.absolute()]
     found = []
     for folder in folders:
         parts = list(folder.absolute().parts)
@@ -243,39 +266,44 @@ def davis_sequences(root):
         frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         masks = [Path(*parts, f"{path.stem}.png") for path in frames]
         if len(frames) < 3:
-            words = "the first and the last are not scored, so that it needs 3"
+            words = "give DAVIS-2017's own folder, or one of 3 frames or more (the first and last are not scored)"
             raise ValueError(f"{folder}: has {len(frames)} frames; {words}")
         if not masks[0].exists():
             raise ValueError(f"{masks[0]}: no such file; tracking starts with a mask of the first frame")
         read = lambda frames=frames, masks=masks: read_sequence(frames, masks)
-        found.append(Sequence(folder.name, len(frames), read))
+        stats = [path.stat() for path in frames + [path for path in masks if path.exists()]]
+        version = zlib.crc32(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
+        found.append(Sequence(folder.name, len(frames), read, version))
     return found
 
 
 def read_sequence(frames, masks):
     """Of files of frames and masks the pixels. Raises ValueError, naming the file, where one cannot be used."""
-    read_frames, read_masks = [], []
-    for path, mask_path in zip(frames, masks):
+
+    def pixels(path, convert):
         try:
             with Image.open(path) as image:
-                frame = np.asarray(data.upright_rgb(image))
-            mask = None
-            if mask_path.exists():
-                with Image.open(mask_path) as image:
-                    mask = np.asarray(image).astype(np.uint8)  # a palette's numbers, not its colours
+                return np.asarray(convert(image))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} or its mask {mask_path}: cannot be read as an image") from error
+            raise ValueError(f"{path}: cannot be read as an image") from error
+
+    size_of = lambda array: "x".join(map(str, array.shape[1::-1] + array.shape[2:]))
+    read_frames = [pixels(path, data.upright_rgb) for path in frames]
+    read_masks = [pixels(path, np.asarray) if path.exists() else None for path in masks]  # a palette's numbers
+    for path, mask_path, frame, mask in zip(frames, masks, read_frames, read_masks):
+        if frame.shape != read_frames[0].shape:
+            raise ValueError(f"{path}: is of {size_of(frame)} pixels, the first frame of {size_of(read_frames[0])}")
         if mask is not None and mask.shape != frame.shape[:2]:
-            size = "x".join(map(str, mask.shape[1::-1] + mask.shape[2:]))
-            words = f"is of {size} pixels, its frame of {frame.shape[1]}x{frame.shape[0]}"
+            words = f"is of {size_of(mask)} pixels, its frame of {frame.shape[1]}x{frame.shape[0]}"
             raise ValueError(f"{mask_path}: {words}; a mask has one number for each pixel of the frame")
-        read_frames.append(frame)
-        read_masks.append(mask)
-    if not read_masks[0].any():
-        raise ValueError(f"{masks[0]}: marks no object, so that there is nothing to track")
-    if set(np.unique(read_masks[0])) == {0, VOID}:  # void in DAVIS, but with one object some write 0 and 255
-        read_masks = [mask if mask is None else (mask > 0).astype(np.uint8) for mask in read_masks]
-    return read_frames, read_masks
+        if mask is not None and mask.max() > VOID:
+            raise ValueError(f"{mask_path}: has the number {mask.max()}; objects are 1, 2, …, and {VOID} is void")
+    labels = set(np.unique(read_masks[0]).tolist())
+    if not labels - {0}:
+        raise ValueError(f"{masks[0]}: marks no object, and there is nothing to track")
+    # 255 is void in DAVIS, but with one object some write 0 and 255.
+    number = lambda mask: (mask > 0 if labels <= {0, VOID} else mask).astype(np.uint8)
+    return read_frames, [None if mask is None else number(mask) for mask in read_masks]
 
 
 def world_sequences(n, resolution, n_colours=1):
@@ -293,24 +321,28 @@ def world_sequences(n, resolution, n_colours=1):
         return list(one_colour if n_colours == 1 else clip.frames), list(clip.masks.astype(np.uint8))
 
     name = "world" if n_colours == 1 else "world-colours"
-    return [Sequence(f"{name}-{i}", 16, lambda i=i: read(i)) for i in probe.WORLD_VAL[:n]]
+    can_be_seen = (i for i in probe.WORLD_VAL if data.world_clip(i, 1, resolution).masks.any())  # in the first frame
+    return [Sequence(f"{name}-{i}", 16, lambda i=i: read(i)) for i in islice(can_be_seen, n)]
 
 
 # Features
 def squash(frame, h, w):
-    """A frame of any size as uint8 (h, w, 3)."""
-    return np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BILINEAR))
+    """A frame (H, W, 3) as uint8 (h, w, 3)."""
+    return np.array(Image.fromarray(frame).resize((w, h), Image.Resampling.BILINEAR))
 
 
 def stretch(frame, size):
-    """A frame, float32, of another size as OpenCV has it, by which both programs resize: bilinear, skipping pixels."""
+    """A frame (H, W, 3) at another size, float32, as OpenCV's bilinear resize has it, which both programs use.
+
+    It skips pixels. DINO's then rounds, which changes J and F of car-shadow by 0.001.
+    """
     x = torch.tensor(frame).movedim(-1, 0)[None].float()
     return F.interpolate(x, size, mode="bilinear", align_corners=False)[0].movedim(0, -1)
 
 
 def patch_features(frame, side, protocol):
     """The floor: a place's features are its normalised pixels. (H, W, 3) -> (h, w, 3·side²)."""
-    x = torch.tensor(frame).float() / 255 if isinstance(frame, np.ndarray) else frame / 255
+    x = torch.as_tensor(frame).float() / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(protocol.std)
     H, W, _ = frame.shape
     return x.view(H // side, side, W // side, side, 3).transpose(1, 2).flatten(2)
@@ -372,8 +404,8 @@ def score(sequence, view, protocol, bar):
     grid, labels, values = [side // view.side for side in size], set(np.unique(truths[0])) - {0, VOID}, {}
     for truth, masks in zip(truths[1:-1], follow(frames[:-1], truths[0], view, protocol)):
         if truth is not None:
-            best = place_labels(truth, grid, mode="area")  # the share of a token that each label has
-            masks |= {COPY: truths[0], CEILING: draw_labels(best, truth.shape, size, protocol)}
+            shares = place_labels(truth, grid, mode="area")  # of a token, that each label has
+            masks |= {COPY: truths[0], CEILING: draw_labels(shares, truth.shape, size, protocol)}
             for row, mask in masks.items():
                 values.setdefault(row, []).append([j_and_f(mask, truth, label) for label in sorted(labels)])
             best = max(set(values) - {CEILING}, key=lambda row: np.mean(values[row]))
@@ -405,13 +437,14 @@ def model_view(resolution, models, tokenizer, layers, protocol, device):
 
 # The table
 def run_all(sequences, views, protocol, settings, out):
-    """{view: {row: [the objects of each sequence]}}; what is done is kept in out/runs, and not done again."""
+    """{view: {row: [the objects of each sequence with masks]}}; what is done is kept in out/runs, not done again."""
     total = len(views) * sum(sequence.n_frames - 2 for sequence in sequences)
     results = {view.name: {} for view in views}
     with tqdm(total=total, desc="tracking", unit="frame", dynamic_ncols=True) as bar:
         for view in views:
             for sequence in sequences:
                 here = settings | {"view": view.name, "sequence": sequence.name, "protocol": protocol.name}
+                here |= {"frames": sequence.n_frames, "version": sequence.version}
                 name = f"{sequence.name}-{view.name}-{zlib.crc32(repr(here).encode()):08x}.json"
                 done = bar.n
                 found = data.once(out / "runs" / name, here, lambda: score(sequence, view, protocol, bar))
@@ -422,10 +455,10 @@ def run_all(sequences, views, protocol, settings, out):
 
 
 def over_objects(sequences, other=None, n_draws=2000):
-    """(mean, low, high) of J&F, of J and of F in per cent, over all objects of all sequences as in DAVIS: (3, 3).
+    """[[mean, low, high] of J&F, of J, of F], per cent: means over the objects of all sequences, as the challenge's.
 
-    The 95 % interval is that of the bootstrap: means over as many sequences, drawn with replacement, since objects of
-    one are no independent trials. With `other`, the same of the differences to that.
+    The 95 % interval is the bootstrap's: of means over as many sequences, drawn with replacement, since the objects of
+    one are no independent trials. A single sequence has none. With `other`, the same of the differences from that.
     """
     picks = np.random.default_rng(0).integers(len(sequences), size=(n_draws, len(sequences)))
 
@@ -440,7 +473,8 @@ def over_objects(sequences, other=None, n_draws=2000):
     if other is not None:
         mean, drawn = mean - means(other, everything), drawn - means(other, picks)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=1)
-    return np.stack([mean, low, high], axis=1).tolist()
+    is_one = len(sequences) == 1
+    return [[m, None, None] if is_one else [m, l, h] for m, l, h in zip(*(x.tolist() for x in (mean, low, high)))]
 
 
 def peak(rows, model):
@@ -448,11 +482,13 @@ def peak(rows, model):
     return max((row for row in rows if row.startswith(f"{model},")), key=lambda row: over_objects(rows[row])[0][0])
 
 
-def print_table(results, layers, n_sequences):
+def print_table(results, layers):
     """Table 10, the paper's above ours; "less patches" is J&F less that of raw patches on the same sequences."""
-    columns = "{:<45}{:<22}{:<22}{:<22}{}"
-    show = lambda v: f"{v[0]:.1f}" + (f" ({v[1]:.1f} to {v[2]:.1f})" if n_sequences > 1 else "")
-    print(f"\nTable 10: {n_sequences} sequence(s)" + (", 95 % intervals over sequences" if n_sequences > 1 else ""))
+    columns, (rows, *_) = "{:<45}{:<22}{:<22}{:<22}{}", results.values()
+    show = lambda v: f"{v[0]:.1f}" + (f" ({v[1]:.1f} to {v[2]:.1f})" if v[1] is not None else "")
+    n_sequences, n_objects = len(rows[COPY]), sum(map(len, rows[COPY]))
+    words = ", 95 % intervals over sequences" if n_sequences > 1 else ""
+    print(f"\nTable 10: {n_objects} object(s) in {n_sequences} sequence(s){words}")
     print(columns.format("", "J&F, %", "J, %", "F, %", "less patches"))
     for name, *values in PAPER:
         print(columns.format(f"paper: {name}", *values, ""))
@@ -473,8 +509,8 @@ def print_table(results, layers, n_sequences):
 
 
 def middle(layers):
-    """The middle one of those that are tracked, L // 2 of all."""
-    return layers[len(layers) // 2]
+    """The middle one of those that are tracked; of all, L // 2."""
+    return layers[(len(layers) - 1) // 2]
 
 
 def report(results, layers, sequences, settings, protocol):
@@ -497,7 +533,7 @@ COLOURS = np.array([(0, 220, 255), (255, 200, 0), (255, 0, 140), (120, 255, 60),
 
 
 def paint(frame, mask, truth=None):
-    """A frame (H, W, 3) with the objects of a mask in colour over it and, in white, the outlines of the truth's."""
+    """A frame (H, W, 3) with a mask's objects (H, W) in colour over it and, in white, the outlines of the truth's."""
     if mask is None:
         return frame
     is_object = (mask > 0) & (mask != VOID)
@@ -542,7 +578,7 @@ def draw_depth(axes, results, layers):
         for model, line in ((OURS, "-"), (UNTRAINED, "--")):
             mean, low, high = zip(*[over_objects(rows[f"{model}, layer {l}"])[0] for l in layers])
             axes.plot(layers, mean, line, marker="o", markersize=3, color=colour, label=f"{model}, {view} pixels")
-            if model == OURS:
+            if model == OURS and None not in low:
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15)
         for row, line in ((PATCHES, "-."), (COLOURED, (0, (1, 4))), (CEILING, ":")):
             if row not in rows:
@@ -574,6 +610,25 @@ def benchmark(dim, device, side=64):
 
 
 # The program
+def load_views(args, protocol, device):
+    """-> (views, those of raw patches alone, the view of one layer, the layers, what results depend on)."""
+    if args.patches:
+        return [patch_view(side, protocol, device) for side in dict.fromkeys(args.patches)], [], None, [], {}
+    model, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device, args.rope_base)
+    layers = probe.parse_layers(args.layer, model.config.n_layers)
+    torch.manual_seed(args.seed)  # what of a figure is the architecture's, and what is the training's
+    untrained = toto.Toto(model.config, model.compute_dtype).to(device).eval().requires_grad_(False)
+    sides, models = list(dict.fromkeys(args.resolution)), {UNTRAINED: untrained, OURS: model}
+    view_of = lambda side, models, layers: model_view(side, models, tokenizer, layers, protocol, device)
+    weights = 0
+    for parameter in model.parameters():
+        weights = zlib.crc32(parameter.detach().cpu().numpy(), weights)
+    settings = {"checkpoint": weights, "tokenizer": checkpoint["tokenizer"], "layers": layers, "seed": args.seed}
+    settings |= {"rope_base": model.config.rope_base, "dtype": str(model.compute_dtype)}
+    views, of_patches = ([view_of(side, some, layers) for side in sides] for some in (models, {}))
+    return views, of_patches, lambda layer: view_of(sides[-1], {OURS: model}, [layer]), layers, settings
+
+
 def parse_arguments():
     parser = data.make_parser("Table 10: tracking by frozen features. Run again, it keeps the sequences that are done.")
     add, count = parser.add_argument, data.number(int, at_least=1)
@@ -582,11 +637,13 @@ def parse_arguments():
     add("--tokenizer", type=Path, help="the model's tokenizer (default: dvae.pt beside the checkpoint)")
     words = "sides of the square that a frame is squashed to"
     add("--resolution", nargs="+", default=[128, 256], type=dvae.frame_side, help=words)
-    add("--rope-base", type=data.number(float, above=0), help="RoPE's base (default: the checkpoint's)")
-    add("--layer", default="all", help="mid (L // 2), a number, numbers with commas, or all; 0 is the embedding")
-    words = "videowalk: 20 last frames, a radius of 12; dino: 7, a square"
+    words = "RoPE's base (default: the checkpoint's; 50,000 at 32 x 32 tokens in §4.2)"
+    add("--rope-base", type=data.number(float, above=0), help=words)
+    words = "mid (L // 2), a number, numbers with commas, or all; 0 is the embedding. Each needs memory for 21 frames"
+    add("--layer", default="all", help=words)
+    words = "videowalk: the last 20 frames, 10 places nearer than 12 tokens; dino: 7, 5, in 12 rows and columns"
     add("--protocol", default="videowalk", choices=["videowalk", "dino"], help=words)
-    words = "no model: raw patches of so many pixels, at a short side of 480 as DINO has it"
+    words = "raw patches of so many pixels in place of a model, whose flags are not used; the short side is DINO's 480"
     add("--patches", nargs="+", type=int, choices=[4, 8, 16, 32], help=words)
     add("--clips", type=count, default=20, help="how many clips of the world")
     add("--benchmark", action="store_true", help="no table: time and memory of propagation over 64 x 64 tokens")
@@ -595,39 +652,26 @@ def parse_arguments():
 
 
 def main():
-    args, plt = parse_arguments(), data.pyplot()
-    protocol, device = {"videowalk": VIDEOWALK, "dino": DINO}[args.protocol], data.pick_device(args.device)
+    args = parse_arguments()
+    protocol, device = {p.name: p for p in (VIDEOWALK, DINO)}[args.protocol], data.pick_device(args.device)
     if args.benchmark:
         return benchmark(toto.SIZES["large"].dim, device)
+    plt = data.pyplot()
     sequences = davis_sequences(args.data) if args.data else world_sequences(args.clips, 256)
-    settings, layers = {"data": str(args.data and Path(args.data).absolute())}, []
-    if args.patches:
-        views = [patch_view(side, protocol, device) for side in args.patches]
-    else:
-        model, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device, args.rope_base)
-        layers = probe.parse_layers(args.layer, model.config.n_layers)
-        torch.manual_seed(args.seed)  # what of it is the architecture's, and what is the training's
-        untrained = toto.Toto(model.config, model.compute_dtype).to(device).eval().requires_grad_(False)
-        models = {UNTRAINED: untrained, OURS: model}
-        views = [model_view(resolution, models, tokenizer, layers, protocol, device) for resolution in args.resolution]
-        weights = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters()))
-        settings |= {"checkpoint": weights, "tokenizer": checkpoint["tokenizer"], "layers": layers, "seed": args.seed}
-        settings |= {"rope_base": model.config.rope_base}
+    views, of_patches, view_of_layer, layers, settings = load_views(args, protocol, device)
+    settings["data"] = str(args.data and Path(args.data).absolute())
     results = run_all(sequences, views, protocol, settings, args.out)
-    if not args.data and not args.patches:  # what could be reached: the same clips, the objects told apart by colour
-        only_patches = [model_view(int(view.name), {}, tokenizer, layers, protocol, device) for view in views]
-        coloured = run_all(world_sequences(args.clips, 256, n_colours=2), only_patches, protocol, settings, args.out)
+    if not args.data:  # what could be reached: the same clips, the objects told apart by colour
+        coloured = run_all(world_sequences(args.clips, 256, n_colours=2), of_patches, protocol, settings, args.out)
         for view, rows in coloured.items():
             results[view][COLOURED] = rows[PATCHES]
-    is_scored = any(results.values())
+    row, view, is_scored = PATCHES, views[-1], any(results.values())
     if is_scored:
         data.write_json(report(results, layers, sequences, settings, protocol), args.out / "table10.json")
-        print_table(results, layers, len(sequences))
-    row, view = PATCHES, views[-1]
-    if layers:  # of the model no more than what is drawn
-        row = peak(results[view.name], OURS) if is_scored else f"{OURS}, layer {middle(layers)}"
-        of_row = [int(row.rpartition(" ")[2])]
-        view = model_view(args.resolution[-1], {OURS: model}, tokenizer, of_row, protocol, device)
+        print_table(results, layers)
+    if layers:
+        layer = int(peak(results[view.name], OURS).rpartition(" ")[2]) if is_scored else middle(layers)
+        row, view = f"{OURS}, layer {layer}", view_of_layer(layer)  # of the model no more than what is drawn
     draw(plt, sequences[0], view, row, results, layers if is_scored else [], protocol, args.out)
     files = ["table10.json"] * is_scored + ["table10.png", "table10.gif"]
     print("wrote " + ", ".join(str(args.out / name) for name in files))
