@@ -52,7 +52,7 @@ def test_the_label_is_where_the_snitch_ends():
 
 
 def test_calibration():
-    """The shares that CATER's own clips have, 400 of them, within three standard errors of theirs and ours."""
+    """The shares in 400 clips of another simulation of such rules, within three standard errors of theirs and ours."""
     rows, cells = [], []
     for index, item in enumerate(sum(table12.stand_in_shards(range(480), 48), [])):
         labels, _ = item.read()
