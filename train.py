@@ -649,7 +649,8 @@ def peak_flops_per_second(device, dtype):
     return 2 * n**3 / min(seconds)  # the fastest: others may use the machine too
 
 
-def parse_arguments():
+def parse_arguments(words=None):
+    """The arguments of the command line, or of a list of words with which another program trains (Fig. 6)."""
     parser = data.make_parser("Pre-train Toto. Run again with the same --out, it resumes where it stopped.")
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name: f"(default: {PAPER[name]:,}, or {LAPTOP[name]:,} for tiny)"
@@ -677,7 +678,7 @@ def parse_arguments():
     add("--evaluate", action="store_true", help="no training: the loss of the checkpoint in --out, in detail")
     add("--export", type=Path, metavar="FOLDER", help="no training: --init-from or --out for Hugging Face's Llama")
     add("--dry-run", type=count, nargs="?", const=1, metavar="N", help="no training: what N GPUs would need, or CPUs")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.asked = {name: getattr(args, name) for name in ("resolution", "stride", "frames")}  # None where nothing was
     args.stride = args.stride or 4
     for name, value in (LAPTOP if args.size == "tiny" else PAPER).items():
