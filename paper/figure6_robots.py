@@ -53,9 +53,9 @@ HELD = 10  # MVP: a success has to last for so many steps
 N_TRIALS = 16  # of Table 11; the interval comes from --trials of them
 
 
-# The tasks. Each has: reset(seed); step(action) -> whether the aim is reached now; expert(), the scripted action float32
-# (A,); state() (S,); proprioception() (P,), what a robot knows without an eye; render() -> uint8 (R, R, 3). An episode
-# is a function of the seed and the actions alone.
+# The tasks. Each has: reset(seed); step(action) -> whether the aim is reached now; expert(), the scripted action,
+# float32 (A,); state() (S,); proprioception() (P,), what a robot knows without an eye; render() -> uint8 (R, R, 3). An
+# episode is a function of the seed and the actions alone.
 class Carry:
     """The built-in task: a hand reaches for the right one of two shapes, closes on it, carries it to a tray.
 
