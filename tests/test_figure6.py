@@ -124,9 +124,11 @@ def test_a_frame_shows_the_state():
         assert (frame == 0).all(axis=2).sum() == 64 - 16  # a ring two pixels thick
         state, body = task.state(), task.proprioception()
         assert np.allclose(state[:3], body) and np.allclose(8 * state[3:5], task.cells[0][1])
-        names = [name for name, cells in task.shapes.items() if any(
-            (cells - cells[0] == shape - shape[0]).all() for shape in (task.cells[0],))]
-        assert names == ["T"]
+        shapes = {name: {tuple(cell) for cell in cells} for name, cells in task.shapes.items()}
+        names = [[name for name in shapes if shapes[name] == {tuple(c) for c in cells - cells.min(axis=0)}]
+                 for cells in task.cells]
+        assert names[0] == ["T"] and names[1] in (["I"], ["L"], ["S"])
+        assert task.colours[0] == data.COLOURS[0] != task.colours[1]
     one, two = figure6.Carry(64), figure6.Carry(64)
     (reached, frames), (reached2, frames2) = (play_through(t, 5, lambda t: t.expert()) for t in (one, two))
     assert reached == reached2 and np.array_equal(frames, frames2)
@@ -177,15 +179,19 @@ def test_processes_change_nothing():
         for one, two in zip(here, figure6.run_episodes(there, starts, 50, see, True, act)):
             assert all(torch.equal(one[key], two[key]) for key in ("x", "state", "body", "expert"))
             assert one["success"] == two["success"]
+        # One that raises says why, whatever else is under way.
+        there.send({0: ("carry", 0)})
         there.send({0: ("carry no-shape", 0)})
-        with pytest.raises(ValueError, match="the simulator failed .KeyError: 'no-shape'.; what was gathered is kept"):
+        there.receive([0])
+        there.send({0: np.zeros(3)})
+        with pytest.raises(ValueError, match="the simulator failed .KeyError: 'no-shape'."):
             there.receive([0])
     finally:
         there.close()
     crashing = figure6.Simulators(64)
     try:
         os.kill(crashing.workers[0][0].pid, signal.SIGKILL)
-        with pytest.raises(ValueError, match="its process ended with status -9"):
+        with pytest.raises(ValueError, match="process ended with status -9; what was gathered is kept"):
             figure6.run_episodes(crashing, starts, 50, see, True, act)
     finally:
         crashing.close()
@@ -199,13 +205,14 @@ def test_a_trunk_s_eye_is_the_mean_of_its_tokens(untrained_tokenizer):
     frames = np.stack([data.world_clip(i, 1, 32).frames[0] for i in range(3)])
     seen = {}
     hook = model.blocks[1].register_forward_hook(lambda block, inputs, output: seen.update(h=output))
+    real, given = model.features, {}
+    model.features = lambda ids, layers: given.update(ids=ids) or real(ids, layers)
     x = figure6.TrunkEye(model, untrained_tokenizer, 2, torch.device("cpu"))(frames, None)
     hook.remove()
     assert seen["h"].shape == (3, 1 + 16, 128)
     assert torch.allclose(x, seen["h"][:, 1:].mean(dim=1), atol=1e-6)
-    with torch.no_grad():  # the sequence is §3.4's, of a video
-        ids = torch.stack([torch.tensor([1, *(untrained_tokenizer.encode(f[None]).flatten() + 4)]) for f in frames])
-        assert torch.allclose(x, model.features(ids, [2])[2][:, 1:].mean(dim=1), atol=1e-5)
+    codes = torch.stack([untrained_tokenizer.encode(f[None]).flatten() for f in frames])  # §3.4's ids, of a video
+    assert torch.equal(given["ids"], torch.cat((torch.ones(3, 1, dtype=torch.long), codes + 4), dim=1))
 
 
 def test_the_other_eyes():
@@ -219,7 +226,7 @@ def test_the_other_eyes():
 
 # The policy.
 def test_the_policy_is_mvp_s():
-    policy = figure6.Policy(torch.randn(9, 768), torch.randn(9, 8), 4)
+    policy = figure6.Policy(torch.randn(900, 768), torch.randn(900, 8), 4)
     shapes = [tuple(p.shape) for p in policy.parameters() if p.dim() == 2]
     assert shapes == [(128, 768), (128, 8), (256, 256), (128, 256), (64, 128), (4, 64)]
     assert [type(part).__name__ for part in policy.mlp] == ["Linear", "SELU"] * 3 + ["Linear"]
@@ -248,59 +255,95 @@ def test_fitting():
     error = lambda policy, episode: (policy(episode["x"], episode["body"]) - episode["expert"]).pow(2).mean().item()
     assert error(policy, unseen) < 0.35 * unseen["expert"].var().item()
     assert torch.equal(policy(unseen["x"], unseen["body"]), again(unseen["x"], unseen["body"]))
-    scaled = [episode | {"x": 1000 * episode["x"] + 5} for episode in episodes]
-    assert error(figure6.fit_policy(scaled, 600, seed=3), unseen | {"x": 1000 * unseen["x"] + 5}) < 0.5
+    for scale in (1000, 1e-3):
+        scaled = [episode | {"x": scale * episode["x"] + 5} for episode in episodes]
+        assert error(figure6.fit_policy(scaled, 600, seed=3), unseen | {"x": scale * unseen["x"] + 5}) < 0.5
+    # What never varied in the lessons, and does later, does not run away with the action.
+    still = [e | {"x": torch.cat((e["x"], torch.full_like(e["x"], 7.0)), dim=1)} for e in episodes]
+    policy = figure6.fit_policy(still, 100, seed=3)
+    assert policy(torch.full((1, 12), 100.0), torch.zeros(1, 2)).abs().max() < 20
 
 
 # DAgger.
 def settings(tmp_path, **changes):
     args = dict(task="carry", resolution=64, episodes=4, wave=2, rounds=2, seeds=1, seed=0, policy_steps=150)
-    args |= dict(trajectories=[4], trials=4, trunk="none", tokenizer="none", folder=Path(tmp_path))
+    args |= dict(trajectories=[4], trials=4, folder=Path(tmp_path))
     return SimpleNamespace(**args | changes)
 
 
-def test_dagger_labels_and_resumes(tmp_path, monkeypatch):
-    """The expert labels what the policy does; a run that is stopped twice ends as one that is not."""
-    args = settings(tmp_path / "one")
-    expert, eye = figure6.expert_episodes(Here(64), args), figure6.StateEye()
-    assert len(expert) == 4 and all(episode["success"] for episode in expert)
-    whole = figure6.dagger(Here(64), "true state", eye, 0, expert, args)
-    assert [len(round_) for round_ in whole] == [4, 4]
-    kept = torch.load(args.folder / "dagger-true-state-0.pt", weights_only=True)["parts"]["experience"]["episodes"]
-    # Round 1's actions are those of the policy of round 0: they, not the expert's, led from state to state.
-    policy = figure6.fit_policy(figure6.look(expert, eye), args.policy_steps, 0)
-    task = figure6.Carry(64)
-    task.reset(figure6.starts("carry", "dagger", 0, 0, 2)[1][1])
-    for state, body, label in zip(*(kept[1][key] for key in ("state", "body", "expert"))):
-        assert np.allclose(task.state(), state, atol=1e-6) and np.allclose(task.expert(), label)
-        with torch.no_grad():
-            task.step(policy(state[None], body[None])[0].numpy())
-
-    args, calls, real = settings(tmp_path / "two"), [], figure6.run_episodes
+def interrupt(monkeypatch, *stops):
+    """Ctrl-C at these calls of run_episodes -> the list of calls."""
+    calls, real = [], figure6.run_episodes
 
     def interrupted(*how, **more):
         calls.append(None)
-        if len(calls) in (2, 5):
+        if len(calls) in stops:
             raise KeyboardInterrupt
         return real(*how, **more)
 
     monkeypatch.setattr(figure6, "run_episodes", interrupted)
+    return calls
+
+
+def test_dagger_labels_and_resumes(tmp_path, monkeypatch):
+    """The expert labels what the policy does; a run that is stopped twice ends as one that is not."""
+    args = settings(tmp_path / "one", seeds=2)
+    expert, eye = figure6.expert_episodes(Here(64), args), figure6.StateEye()
+    assert len(expert) == 8 and all(episode["success"] for episode in expert)
+    expert_of, lessons, real_fit = lambda eye: figure6.look(expert, eye), [], figure6.fit_policy
+    monkeypatch.setattr(figure6, "fit_policy", lambda *how: lessons.append(how) or real_fit(*how))
+    whole = figure6.dagger(Here(64), "true state", eye, 1, expert_of, args)
+    assert np.shape(whole) == (2, 4)
+    # Run 1 has the second four of the expert's episodes; round 2 is learned from round 1 as well.
+    (first, _, seed), (second, *_) = lessons
+    assert seed == 1 and [len(some) for some in (first, second)] == [4, 8]
+    assert all(torch.equal(a["state"], b["state"]) for a, b in zip(first, expert[4:], strict=True))
+    # Round 1's actions are those of the policy of round 0: they, not the expert's, led from state to state.
+    policy, task = real_fit(first, args.policy_steps, 1), figure6.Carry(64)
+    task.reset(figure6.starts("carry", "dagger", 1, 0, 2)[1][1])
+    for state, body, label in zip(*(second[5][key] for key in ("state", "body", "expert"))):
+        assert np.allclose(task.state(), state, atol=1e-6) and np.allclose(task.expert(), label)
+        with torch.no_grad():
+            task.step(policy(state[None], body[None])[0].numpy())
+
+    args, calls = settings(tmp_path / "two", seeds=2), interrupt(monkeypatch, 2, 5)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            figure6.dagger(Here(64), "true state", eye, 0, expert, args)
-    assert figure6.dagger(Here(64), "true state", eye, 0, expert, args) == whole
-    again = torch.load(args.folder / "dagger-true-state-0.pt", weights_only=True)["parts"]["experience"]["episodes"]
-    assert len(calls) == 4 + 2
-    for one, two in zip(kept, again, strict=True):
+            figure6.dagger(Here(64), "true state", eye, 1, expert_of, args)
+    assert figure6.dagger(Here(64), "true state", eye, 1, expert_of, args) == whole and len(calls) == 4 + 2
+    assert not list(args.folder.glob("*.pt"))  # only the result is kept
+    for one, two in zip(second, lessons[-1][0], strict=True):
         assert all(torch.equal(one[key], two[key]) for key in ("x", "state", "expert"))
+
+
+def test_cloning_learns_from_the_first_trajectories_and_resumes(tmp_path, monkeypatch):
+    args = settings(tmp_path, trajectories=[2, 4], trials=5)
+    expert, eye = figure6.expert_episodes(Here(64), args), figure6.StateEye()
+    expert_of, lessons, real_fit = lambda eye: figure6.look(expert, eye), [], figure6.fit_policy
+    monkeypatch.setattr(figure6, "fit_policy", lambda *how: lessons.append(how[0]) or real_fit(*how))
+    whole = figure6.clone(Here(64), "true state", eye, 2, expert_of, args)
+    assert len(whole) == 5 and [len(lesson) for lesson in lessons] == [2]
+    assert torch.equal(lessons[0][1]["x"], expert[1]["state"])
+    args, calls = settings(tmp_path / "two", trajectories=[2, 4], trials=5), interrupt(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        figure6.clone(Here(64), "true state", eye, 2, expert_of, args)
+    assert figure6.clone(Here(64), "true state", eye, 2, expert_of, args) == whole and len(calls) == 4
+
+
+def test_episodes_are_no_one_s_twice():
+    """Seeds of episodes differ between purposes, seeds and waves: what is tried was never learned from."""
+    all_ = [start for what in figure6.PURPOSES for seed in range(3) for wave in range(20)
+            for start in figure6.starts("carry", what, seed, wave, 10)]
+    assert len(set(all_)) == len(all_) == 3000
 
 
 def test_dagger_on_the_true_state_learns(tmp_path):
     """Otherwise the learner, not the features, would be measured; and who sees nothing learns nothing."""
     args = settings(tmp_path, episodes=20, wave=10, rounds=3, policy_steps=1500)
     expert = figure6.expert_episodes(Here(64), args)
-    state = figure6.dagger(Here(64), "true state", figure6.StateEye(), 0, expert, args)
-    nothing = figure6.dagger(Here(64), "nothing", figure6.NoEye(), 0, expert, args)
+    expert_of = lambda eye: figure6.look(expert, eye)
+    state = figure6.dagger(Here(64), "true state", figure6.StateEye(), 0, expert_of, args)
+    nothing = figure6.dagger(Here(64), "nothing", figure6.NoEye(), 0, expert_of, args)
     assert np.mean(state[-1]) >= 0.9 and np.mean(nothing[-1]) <= 0.3
 
 
@@ -309,6 +352,9 @@ def test_verdict():
     report = {"dagger": {"Toto": runs(5, 6, 5), "untrained": runs(1, 2, 1), "raw pixels": runs(9, 2, 6)}}
     assert figure6.verdict(report, "untrained").endswith("40.0 (40.0 to 40.0) points: faster")
     assert figure6.verdict(report, "raw pixels").endswith("cannot tell")
+    assert figure6.verdict({"dagger": {"Toto": runs(1, 2), "x": runs(8, 9)}}, "x").endswith("points: slower")
+    assert figure6.verdict({"dagger": {"Toto": runs(1), "x": runs(8)}}, "x").endswith("-70.0 points: cannot tell")
+    assert figure6.curve(report["dagger"]["Toto"]).tolist() == [[50, 60, 50]]
     assert figure6.mean_success(report["dagger"]["Toto"]) == [50, 60, 50]
     assert figure6.trials([True] * 12 + [False] * 4 + [False] * 84) == " 12 of 16    12% (7% to 20%)"
 
@@ -316,15 +362,21 @@ def test_verdict():
 # Pre-training's videos, metaworld, and the program.
 def test_play_is_kept_whole(tmp_path):
     """Videos hold the very pixels of the simulator; those that are there are not drawn again."""
-    args = SimpleNamespace(task="carry", play=6, wave=2, seed=0)
+    args = SimpleNamespace(task="carry", play=12, wave=4, seed=0)
     figure6.play(Here(64), figure6.PLAYED["carry"], args, tmp_path)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 6 and not any("T" in path.name for path in files)
+    assert len(files) == 12 and not any("T" in path.name for path in files)
     assert {path.name.split("-")[1] for path in files} == {"I", "L", "S"}
     frames = np.stack(list(data.read_frames(files[0], 64, 1)))
     task = figure6.Carry(64, "I")
-    task.reset(figure6.starts("carry I", "play", 0, 0, 2)[0][1])
+    task.reset(figure6.starts("carry I", "play", 0, 0, 4)[0][1])
     assert len(frames) == 40 and np.array_equal(frames[0], task.render())
+    assert set(figure6.HORIZON) & set(sum(figure6.PLAYED.values(), [])) == set()  # other tasks alone
+    # Scripts, even with noise, carry the shape away; moves at random seldom do.
+    red = [[(frame == data.COLOURS[0]).all(axis=2).nonzero()[0].mean() for frame in data.read_frames(f, 64, 39)]
+           for f in files]
+    moved = [abs(last - first) > 4 for first, last in red]
+    assert sum(moved[i] for i in range(12) if i % 4 < 2) >= 4 >= 2 >= sum(moved[i] for i in range(12) if i % 4 >= 2)
     before = [path.stat().st_mtime_ns for path in files]
     figure6.play(Here(64), figure6.PLAYED["carry"], args, tmp_path)
     assert before == [path.stat().st_mtime_ns for path in files]
@@ -372,7 +424,7 @@ def test_the_program(trunk, tmp_path):
     eyes = ["Toto", "untrained", "raw pixels", "proprioception alone", "true state"]
     assert list(report["dagger"]) == eyes == list(report["cloning"]) and list(report["layers"]) == list("01234")
     assert np.shape(report["dagger"]["Toto"]) == (2, 1, 2) and np.shape(report["cloning"]["Toto"]["3"]) == (3,)
-    assert report["expert"] == [4, 4] and report["trunk"].endswith("step 7, layer 2")
+    assert report["expert"] == [4, 4] and report["layer"] == 2
     assert report["layers"]["2"] == report["cloning"]["Toto"]["2"]
     assert "Toto-base (real robot)  240 trajectories: 63 %" in done.stdout and "frames a second" in done.stdout
     assert (folder / "figure6.png").stat().st_size > 5_000 and (folder / "figure6.gif").stat().st_size > 5_000
@@ -382,12 +434,35 @@ def test_the_program(trunk, tmp_path):
     assert first == {path: path.stat().st_mtime_ns for path in folder.glob("dagger-*.json")}
     failed = run(map(str, [*words, "--policy-steps", 30]), status=2)
     assert failed.stderr.splitlines()[-1].startswith("error: ") and "its policy_steps is 20" in failed.stderr
+    failed = run(map(str, [*words, "--layer", 1]), status=2)
+    assert "dagger-Toto-0.json: its layer is 2, here it is 1" in failed.stderr
+
+
+def test_pre_training_is_asked_for_once(tmp_path, trunk, monkeypatch):
+    """What is finished is taken; what was begun otherwise, or with other videos, is refused."""
+    args = SimpleNamespace(task="carry", play=12, steps=7, resolution=64, wave=4, seed=0, tokenizer=None)
+    asked = []
+    monkeypatch.setattr(figure6.train, "train", lambda args, device: asked.append(args))
+    monkeypatch.setattr(figure6, "play", lambda *how: asked.append("play"))
+    figure6.pre_train(None, args, tmp_path / "my folder", torch.device("cpu"))
+    assert asked[0] == "play" and asked[1].data == [str(tmp_path / "my folder/play")] and asked[1].steps == 7
+    assert (asked[1].out, asked[1].resolution, asked[1].stride) == (tmp_path / "my folder", 64, 2)
+    trunk.rename(tmp_path / "my folder/toto.pt")  # which has 7 steps
+    figure6.pre_train(None, args, tmp_path / "my folder", torch.device("cpu"))
+    assert len(asked) == 2
+    for change in ({"steps": 5}, {"play": 16}, {"resolution": 32}, {"seed": 1}):
+        with pytest.raises(ValueError, match="pre-training.json: its"):
+            figure6.pre_train(None, SimpleNamespace(**vars(args) | change), tmp_path / "my folder", None)
 
 
 def test_mistakes_end_in_one_line():
     for words, message in (
         (["--episodes", "15"], "must be a multiple of --wave"),
         (["--checkpoint", "nothing.pt"], "nothing.pt"),
+        (["--layer", "0,2"], "--layer 0,2: give one"),
+        (["--layer", "9"], "this model has layers 0 (the embedding) to 4"),
+        (["--task", "carry-L"], "carry-L"),
+        (["--resolution", "16"], "must be at least 24"),
     ):
         failed = run(["paper/figure6_robots.py", "--task", "carry", *words], status=2)
-        assert failed.stderr.splitlines()[-1].startswith("error: ") and message in failed.stderr
+        assert "error: " in failed.stderr.splitlines()[-1] and message in failed.stderr
