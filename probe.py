@@ -347,7 +347,7 @@ def make_optimizer(heads, model, args):
     groups, trunk = [], layer_scales(model) if args.finetune else []
     for part, scale in [(nn.ModuleList(heads.values()), 1.0), *trunk]:
         ratio = model.config.mup_ratio if isinstance(part, toto.Block) else 1.0
-        matrices = [p for p in part.parameters() if p.dim() == 2]
+        matrices = [p for p in part.parameters() if p.dim() >= 2]
         vectors = [p for p in part.parameters() if p.dim() < 2]
         groups.append({"params": matrices, "scale": scale * ratio, "weight_decay": 0.05 / ratio})
         groups.append({"params": vectors, "scale": scale, "weight_decay": 0.0})
