@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
 
@@ -59,17 +59,18 @@ KINDS = {
 }  # fmt: skip
 # §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 15 minutes.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"], "batch": 16}
-LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 6, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
+LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
 
 
 # The stand-in for Ego4D: a hand comes in over an edge of the board, and goes on until it meets an object.
-SIDE, FPS, N_OBJECTS = 6, 3, 10  # cells of the board a side; frames a second
+SIDE, FPS, N_OBJECTS = 6, 3, 12  # cells of the board a side; frames a second
 NOUNS = ("ring", "cross", "wedge", "bars")  # the shape that each cell of an object shows, in one of three colours
+RING, CROSS, WEDGE, BARS = range(4)
 VERBS = ("goes straight", "turns", "slows down", "speeds up")
 STRAIGHT, TURN, SLOW, FAST = range(4)
 # Cells across and down: boxes of 8 to 24 pixels at the default resolution. A shape says nothing about its size.
 BOXES = ((1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3))
-SKIN = (250, 205, 165)
+SKIN, INK = (250, 205, 165), (20, 20, 30)
 LATEST = 9  # ttc in frames, at most
 
 
@@ -79,29 +80,26 @@ def stays(verb, pace):
 
 
 def draw_approach(rng, verb, n_frames):
-    """One way of the hand -> (cells (k, 2) up to the one of contact, the index of each frame's cell or -1, ttc).
+    """One way of the hand -> (its cells (k, 2), the last that of contact; which of them it is on in each frame, or -1).
 
-    It has come in, and stayed on two cells for all of their time, before the frames end: two whole stays tell the verb,
-    and with the next the pace, so that every answer is known from what is seen. Where it turns, it has done so.
+    It has come in and stayed on two cells for all of their time before the frames end: two whole stays tell verb and
+    pace, so that every answer is known from what is seen. Where it turns, it has done so.
     """
     while True:
-        frames_on, i, further = stays(verb, rng.integers(1, 4)), rng.integers(2, 7), rng.integers(5)
-        if i + further + 1 > 8:
-            continue
-        here = rng.integers(1, frames_on[i] + 1)  # frames on the last cell that is seen
-        outside = n_frames - sum(frames_on[:i]) - here
-        ttc = frames_on[i] - here + 1 + sum(frames_on[i + 1 : i + 1 + further])
-        if outside < 1 or rng.random() > ttc / LATEST or ttc > LATEST:  # or most contacts would be a frame away
+        frames_on, last_seen, contact = stays(verb, rng.integers(1, 4)), rng.integers(2, 7), rng.integers(3, 9)
+        outside = n_frames - sum(frames_on[:last_seen]) - rng.integers(1, frames_on[last_seen] + 1)
+        on = outside * [-1] + [k for k in range(contact) for _ in range(frames_on[k])] + [contact]
+        ttc = len(on) - n_frames
+        if outside < 1 or contact <= last_seen or ttc > LATEST or rng.random() > ttc / LATEST:  # or most would be short
             continue
         step = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])[rng.integers(4)]
         cells = [np.where(step == 0, rng.integers(SIDE, size=2), np.where(step > 0, 0, SIDE - 1))]
-        turn = rng.integers(1, i) if verb == TURN else -1
-        for k in range(i + further + 1):
+        turn = rng.integers(1, last_seen) if verb == TURN else -1
+        for k in range(contact):
             step = step[::-1] * rng.choice([-1, 1]) if k == turn else step
             cells.append(cells[-1] + step)
         if (np.array(cells) >= 0).all() and (np.array(cells) < SIDE).all():
-            on = outside * [-1] + [k for k in range(i) for _ in range(frames_on[k])] + here * [i]
-            return np.array(cells), on, ttc
+            return np.array(cells), on
 
 
 def draw_objects(rng, cells, i):
@@ -119,7 +117,7 @@ def draw_objects(rng, cells, i):
         kind = 1 + noun * len(data.COLOURS) + colour
         far = max(abs(x + (w - 1) / 2 - cells[i, 0]), abs(y + (h - 1) / 2 - cells[i, 1])) > 2
         is_inside = 0 <= x <= SIDE - w and 0 <= y <= SIDE - h
-        if not is_inside or taken[y : y + h, x : x + w].any() or objects and far and attempt % 1000 < 800:
+        if not is_inside or taken[y : y + h, x : x + w].any() or objects and far and attempt % 1000 < 300:
             continue
         around = taken[max(y - 1, 0) : y + h + 1, max(x - 1, 0) : x + w + 1]
         if (around == kind).any():  # two alike side by side would look like one
@@ -131,27 +129,19 @@ def draw_objects(rng, cells, i):
     return None
 
 
-def paint(image, cell, kind, colour):
-    """Fill a cell (x, y) of the board: with a noun's shape on its colour, or with the hand (kind None)."""
+def paint(image, cell, colour, noun=None):
+    """Fill a cell (x, y) of the board: with a noun's shape on its colour, or with the hand, the same from all sides."""
     side = image.width // SIDE
-    (x, y), ink = (side * c for c in cell), (20, 20, 30)
-    pen, r, far = ImageDraw.Draw(image), side // 8, side - 1
-    box = lambda left, top, right, bottom: (x + left, y + top, x + right, y + bottom)
-    pen.rectangle(box(0, 0, far, far), fill=colour)
-    if kind is None:  # four fingers from any side: it does not say where it goes
-        for k in range(4):
-            pen.rectangle(box(2 * k * r, 2 * k * r, 2 * k * r + r - 1, 2 * k * r + r - 1), fill=ink)
-            pen.rectangle(box(2 * k * r, far - 2 * k * r - r + 1, 2 * k * r + r - 1, far - 2 * k * r), fill=ink)
-    elif NOUNS[kind] == "ring":
-        pen.rectangle(box(r, r, far - r, far - r), outline=ink, width=2 * r)
-    elif NOUNS[kind] == "cross":
-        pen.rectangle(box(3 * r, 0, far - 3 * r, far), fill=ink)
-        pen.rectangle(box(0, 3 * r, far, far - 3 * r), fill=ink)
-    elif NOUNS[kind] == "wedge":
-        pen.polygon([(x, y), (x + far, y), (x, y + far)], fill=ink)
-    else:
-        pen.rectangle(box(r, 0, 3 * r - 1, far), fill=ink)
-        pen.rectangle(box(far - 3 * r + 1, 0, far - r, far), fill=ink)
+    (x, y), r, pen = (side * c for c in cell), side // 8, ImageDraw.Draw(image)
+    box = lambda *corners: tuple(corner * r + (x, y)[i % 2] - i // 2 for i, corner in enumerate(corners))  # in eighths
+    pen.rectangle(box(0, 0, 8, 8), fill=colour)
+    if noun == RING:
+        pen.rectangle(box(1, 1, 7, 7), outline=INK, width=2 * r)
+    elif noun == WEDGE:
+        pen.polygon([(x, y), (x + side - 1, y), (x, y + side - 1)], fill=INK)
+    strokes = {CROSS: [(3, 0, 5, 8), (0, 3, 8, 5)], BARS: [(1, 0, 3, 8), (5, 0, 7, 8)], None: [(3, 3, 5, 5)]}
+    for stroke in strokes.get(noun, []):
+        pen.rectangle(box(*stroke), fill=INK)
 
 
 def reach_clip(index, n_frames=8, resolution=48, seed=0, n_more=0):
@@ -159,27 +149,27 @@ def reach_clip(index, n_frames=8, resolution=48, seed=0, n_more=0):
 
     labels: "objects", the one to be touched, {"box", "noun", "verb", "ttc" in seconds} as Ego4D has them, and "size" of
     the frames; for floors and ceiling "all" objects' boxes and nouns, and "cells" of the hand, None while outside.
-    n_more frames after those show what comes.
+    n_more frames after those show what comes, up to the contact.
     """
     rng, side = np.random.default_rng([seed, index]), resolution // SIDE
     verb, objects = int(rng.integers(len(VERBS))), None
     while objects is None:
-        cells, on, ttc = draw_approach(rng, verb, n_frames)
-        objects = draw_objects(rng, cells, on[-1])
+        cells, on = draw_approach(rng, verb, n_frames)
+        objects = draw_objects(rng, cells, on[n_frames - 1])
     ground, frames = Image.fromarray(data.world_ground(resolution).round().astype(np.uint8)), []
     for (left, top, right, bottom), noun, colour in objects:
         for cell in [(x, y) for x in range(left, right) for y in range(top, bottom)]:
-            paint(ground, cell, noun, data.COLOURS[colour])
+            paint(ground, cell, data.COLOURS[colour], noun)
     ways = [cells[k].tolist() if k >= 0 else None for k in on]
-    for cell in ways + n_more * [cells[-1].tolist()]:
+    for cell in ways[: n_frames + n_more]:
         image = ground.copy()
         if cell is not None:
-            paint(image, cell, None, SKIN)
+            paint(image, cell, SKIN)
         frames.append(np.asarray(image))
     boxes = [[side * c for c in box] for box, *_ in objects]
-    target = {"box": boxes[0], "noun": objects[0][1], "verb": verb, "ttc": int(ttc) / FPS}
+    target = {"box": boxes[0], "noun": objects[0][1], "verb": verb, "ttc": (len(on) - n_frames) / FPS}
     everything = [{"box": box, "noun": noun} for box, (_, noun, _) in zip(boxes, objects)]
-    labels = {"objects": [target], "size": [resolution, resolution], "all": everything, "cells": ways}
+    labels = {"objects": [target], "size": [resolution, resolution], "all": everything, "cells": ways[:n_frames]}
     return labels, np.stack(frames)
 
 
@@ -193,46 +183,38 @@ def stand_in_shards(indices, n_frames, resolution):
 
 
 # Ego4D as it is published: annotations in its own words, and frames or clips beside them.
-def read_annotations(folder, split):
-    """fho_sta_SPLIT.json -> (its annotations, sizes (W, H) of the videos, numbers of nouns and verbs).
-
-    Raises ValueError, with the file and the place in it, where something is not as it should be.
-    """
-    path = Path(folder) / f"fho_sta_{split}.json"
+def read_annotations(path):
+    """fho_sta_SPLIT.json -> (its annotations, {video: its frames' (W, H)}, numbers of nouns and verbs)."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; --data needs fho_sta_train.json, fho_sta_val.json and frames/ or clips/")
+        words = "no such file; --data needs fho_sta_train.json, fho_sta_val.json, and frames/ or clips/"
+        raise ValueError(f"{path}: {words}")
     try:
         content = json.loads(path.read_text())
-        videos = content["info"]["video_metadata"]
-        sizes = {video: (meta["frame_width"], meta["frame_height"]) for video, meta in videos.items()}
-        n_nouns, n_verbs = (
-            1 + max(int(c["id"]) for c in content[f"{what}_categories"]) for what in ("noun", "verb")
-        )
-        annotations = list(content["annotations"])
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        videos = content["info"]["video_metadata"].items()
+        sizes = {video: (meta["frame_width"], meta["frame_height"]) for video, meta in videos}
+        counts = [1 + max(int(c["id"]) for c in content[f"{what}_categories"]) for what in ("noun", "verb")]
+        return list(content["annotations"]), sizes, counts
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: is no JSON ({error})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not as Ego4D's v1 ({type(error).__name__}: {error})") from None
-    return path, annotations, sizes, n_nouns, n_verbs
 
 
-def parse_object(entry, size, n_nouns, n_verbs):
+def parse_object(entry, size, counts):
     """One of an annotation's objects -> {"box", "noun", "verb", "ttc"}; ValueError says what is wrong with it."""
-    box = [float(x) for x in entry["box"]]
-    if len(box) != 4 or not all(map(math.isfinite, box)):
+    box, found = [float(x) for x in entry["box"]], {"ttc": float(entry["time_to_contact"])}
+    if len(box) != 4:
         raise ValueError(f"box {box} is not four numbers")
-    left, top, right, bottom = box
     # Not in the paper: a pixel outside is let pass, as the edges of a drawn box may be.
-    if not (-1 <= left <= right <= size[0] + 1 and -1 <= top <= bottom <= size[1] + 1):
+    if not all(-1 <= low <= high <= side + 1 for low, high, side in zip(box, box[2:], size)):
         raise ValueError(f"box {box} is not inside the frame of {size[0]} x {size[1]} pixels")
-    found = {"box": box, "ttc": float(entry["time_to_contact"])}
-    for what, n in (("noun", n_nouns), ("verb", n_verbs)):
+    for what, n in zip(("noun", "verb"), counts):
         found[what] = int(entry[f"{what}_category_id"])
         if not 0 <= found[what] < n:
             raise ValueError(f"{what}_category_id {found[what]} is not one of 0 to {n - 1}")
     if not 0 <= found["ttc"] < math.inf:
         raise ValueError(f"time_to_contact {found['ttc']} is no time")
-    return found
+    return {"box": box} | found
 
 
 def squash(frame, resolution):
@@ -240,51 +222,51 @@ def squash(frame, resolution):
     return np.asarray(Image.fromarray(frame).resize((resolution, resolution), Image.Resampling.BICUBIC))
 
 
-def read_before(folder, entry, n_frames, resolution):
-    """The F frames that end with the annotated one, at StillFast's stride of 1; before the video's first, that one."""
-    is_still = (folder / "frames" / str(entry["video_id"])).is_dir()
-    numbers = [max(entry["frame" if is_still else "clip_frame"] - i, 0) for i in reversed(range(n_frames))]
-    if is_still:
-        for number in numbers:
-            path = folder / "frames" / str(entry["video_id"]) / f"{number:07d}.jpg"
-            yield squash(next(data.read_frames(path, resolution)), resolution)
-        return
-    # A clip is decoded from its start, five minutes at most: slow, but once.
-    path, seen = folder / "clips" / f"{entry['clip_uid']}.mp4", []
-    for frame in islice(data.read_frames(path, resolution, stride=1), numbers[0], numbers[-1] + 1):
-        seen.append(squash(frame, resolution))
-    if len(seen) <= numbers[-1] - numbers[0]:
+def read_stills(folder, numbers, resolution):
+    for number in numbers:
+        yield squash(next(data.read_frames(folder / f"{number:07d}.jpg", resolution)), resolution)
+
+
+def read_clip(path, numbers, resolution):
+    """Frames of a clip, which is decoded from its start: five minutes of video at most, and once."""
+    frames = islice(data.read_frames(path, resolution, stride=1), numbers[0], numbers[-1] + 1)
+    seen = {number: squash(frame, resolution) for number, frame in enumerate(frames, start=numbers[0])}
+    if numbers[-1] not in seen:
         raise ValueError(f"{path}: ends before frame {numbers[-1]}")
-    yield from (seen[number - numbers[0]] for number in numbers)
+    return [seen[number] for number in numbers]
+
+
+def parse_annotation(entry, folder, sizes, counts, n_frames, resolution):
+    """One annotation -> data.Item of the F frames that end with its own, at StillFast's stride of 1.
+
+    Before the video's first frame there is that one. Boxes stay in pixels of the original.
+    """
+    size, stills = sizes[entry["video_id"]], folder / "frames" / entry["video_id"]
+    clip, is_still = folder / "clips" / f"{entry['clip_uid']}.mp4", stills.is_dir()
+    last = entry["frame" if is_still else "clip_frame"]
+    if type(last) is not int or last < 0:
+        raise ValueError(f"{last!r} is no number of a frame")
+    if not is_still and not clip.is_file():
+        raise ValueError(f"neither {stills} nor {clip} exists")
+    labels = {"objects": [parse_object(thing, size, counts) for thing in entry["objects"]], "size": list(size)}
+    numbers = [max(last - i, 0) for i in reversed(range(n_frames))]
+    frames = partial(read_stills, stills) if is_still else partial(read_clip, clip)
+    return data.Item(str(entry["uid"]), lambda: (labels, frames(numbers, resolution))), labels["objects"]
 
 
 def ego4d_shards(folder, split, n_frames, resolution):
-    """(the annotated clips of a split, numbers of nouns and verbs). Boxes stay in pixels of the original frames."""
-    path, annotations, sizes, *counts = read_annotations(folder, split)
-    items, folder = [], Path(folder)
+    """(the annotated clips of a split, numbers of nouns and verbs); ValueError names the file and the annotation."""
+    path, items = Path(folder) / f"fho_sta_{split}.json", []
+    annotations, sizes, counts = read_annotations(path)
     for number, entry in enumerate(annotations):
-        where = f"{path}, annotation {number}"
         try:
-            size = sizes[entry["video_id"]]
-            objects = [parse_object(thing, size, *counts) for thing in entry["objects"]]
-            name = f"{entry['uid']}"
-            has_frames = (folder / "frames" / str(entry["video_id"])).is_dir()
-            at = entry["frame" if has_frames else "clip_frame"]
-            if type(at) is not int or at < 0:
-                raise ValueError(f"{at!r} is no number of a frame")
-            if not has_frames and not (folder / "clips" / f"{entry['clip_uid']}.mp4").is_file():
-                raise ValueError(f"neither frames/{entry['video_id']} nor clips/{entry['clip_uid']}.mp4 exists")
-        except KeyError as error:
-            raise ValueError(f"{where}: {error} is missing") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from None
-        if split == "train":  # as StillFast: boxes without an area teach nothing
-            area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
-            objects = [thing for thing in objects if area(thing["box"]) > 0]
-        if objects:
-            labels = {"objects": objects, "size": list(size)}
-            read = lambda e=entry, l=labels: (l, read_before(folder, e, n_frames, resolution))
-            items.append(data.Item(name, read))
+            item, objects = parse_annotation(entry, Path(folder), sizes, counts, n_frames, resolution)
+        except (KeyError, TypeError, ValueError) as error:
+            words = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, annotation {number}: {words}") from None
+        if split == "train":  # as in StillFast: a box without an area teaches nothing
+            objects[:] = [o for o in objects if o["box"][0] < o["box"][2] and o["box"][1] < o["box"][3]]
+        items += [item] if objects else []
     if len(items) < 2:
         raise ValueError(f"{path}: has {len(items)} annotations with objects; two are needed at least")
     return shards_from(items), counts
@@ -410,8 +392,8 @@ def top_map(predictions, truths, k=5):
 # Floors and ceiling, of the stand-in.
 def nearest_first(labels):
     """All objects, the one nearest to where the hand was last seen first: by rows and columns between, then centres."""
-    hand = np.array(labels["cells"][-1]) * labels["size"][0] / SIDE
-    cell = labels["size"][0] / SIDE
+    cell = labels["size"][0] // SIDE
+    hand = cell * np.array(labels["cells"][-1])
 
     def distance(thing):
         box = np.array(thing["box"])
@@ -474,7 +456,7 @@ def baselines(sets):
 # The pyramid and the head that reads it.
 # Not in the paper: the levels' sizes, as shares of the token grid. Tokens have one size at all layers, so the first
 # layer is enlarged, for the boxes' edges, and the last is halved: what it knows then soon reaches all places.
-LEVELS = (2, 1, 1, 1, 0.5)
+LEVELS = (2, 1, 1, 0.5, 0.5)
 PRIOR = 0.01  # of a place to show a next object, before training: as in RetinaNet, or the many empty places would rule
 
 
@@ -512,7 +494,8 @@ class Anticipator(nn.Module):
             maps = torch.cat((x[:, -1] - mean, x.mean(dim=1) - mean), dim=-1) * scale.repeat(2)  # (B, h·w, 2 D)
             maps = maps.mT.unflatten(2, (h, w))  # (B, 2 D, h, w)
             size = [math.ceil(side * share) for side in self.grid]
-            maps = lateral(F.interpolate(maps, size, mode="bilinear") if share != 1 else maps)
+            resize = partial(F.interpolate, size=size, mode="bilinear")
+            maps = resize(lateral(maps)) if share > 1 else lateral(resize(maps))  # convolved where it is smaller
             top = maps if top is None else maps + F.interpolate(top, size, mode="nearest")
         return top
 
@@ -557,19 +540,10 @@ def assign(boxes, size):
     return torch.where(chosen.any(dim=1), of.indices, -1)
 
 
-def generalized_iou(a, b):
-    """GIoU of boxes a (n, 4) with b (n, 4), one by one: IoU, less the empty share of the smallest box about both."""
-    area = lambda low, high: (high - low).clamp(min=0).prod(dim=1)
-    shared = area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
-    union = area(a[:, :2], a[:, 2:]) + area(b[:, :2], b[:, 2:]) - shared
-    about = area(torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:]))
-    return shared / (union + 1e-9) - (about - union) / (about + 1e-9)
-
-
 def losses(answers, truths, size):
     """{"noun", "box", "verb", "ttc"}: StillFast's four, over the places that answer for an object.
 
-    Not in the paper: nouns by the focal loss, over all places, and boxes by GIoU, which suit a head without proposals.
+    Not in the paper: nouns by the focal loss, over all places, and boxes by IoU, which suit a head without proposals.
     """
     nouns, verbs, ttc, boxes = answers
     goal, rows, found = torch.zeros_like(nouns), [], []
@@ -586,7 +560,7 @@ def losses(answers, truths, size):
     focal = torch.where(goal > 0, 0.25 * (1 - p) ** 2, 0.75 * p**2) * surprise  # α = 0.25, γ = 2 (Lin et al., 2017)
     return {
         "noun": focal.sum() / len(b),
-        "box": 1 - generalized_iou(boxes[b, here], box).mean(),
+        "box": 1 - overlaps(boxes[b, here], box).diagonal().mean(),
         "verb": F.cross_entropy(verbs[b, here], verb),
         "ttc": F.smooth_l1_loss(ttc[b, here], true_ttc),
     }
@@ -749,59 +723,55 @@ def print_table(report, args):
         print(f"{column:<16}{mean:5.1f} {interval}: {verdict(low, high)}")
 
 
-def outline(frame, boxes, side=144):
-    """A frame, enlarged, with boxes in shares of its sides: [(box, colour)]."""
-    image = ImageOps.scale(Image.fromarray(frame), max(side // len(frame), 1), Image.Resampling.NEAREST)
-    for i, (box, colour) in enumerate(boxes):
-        corners = [share * image.width + (i, i, -1 - i, -1 - i)[k] for k, share in enumerate(box)]
-        if corners[0] <= corners[2] and corners[1] <= corners[3]:
-            ImageDraw.Draw(image).rectangle(corners, outline=colour, width=2)
-    return np.asarray(image)
-
-
 def in_words(thing, args):
     """A noun, a verb and a time."""
     noun, verb = (thing["noun"], thing["verb"]) if args.data else (NOUNS[thing["noun"]], VERBS[thing["verb"]])
     return f"{noun}, {verb}, {thing['ttc']:.2f} s"
 
 
+def outline(frame, boxes):
+    """A frame, enlarged to 144 pixels, with boxes in shares of its sides, the first white, the second red."""
+    image = Image.fromarray(frame).resize((144, 144), Image.Resampling.NEAREST)
+    for box, colour, inset in zip(boxes, ("white", "red"), (0, 2)):
+        left, top, right, bottom = (round(144 * share) for share in box)
+        corners = left + inset, top + inset, max(right - 1 - inset, left + inset), max(bottom - 1 - inset, top + inset)
+        ImageDraw.Draw(image).rectangle(corners, outline=colour, width=2)
+    return np.asarray(image)
+
+
 def pictures_of(args, items, shown):
-    """[(true object, prediction, frames with both boxes from the last given one on)] of clips {name: prediction}."""
+    """[(true object, prediction, frames, with both boxes from the last given one on)] of clips {name: prediction}."""
     items, pictures = {item.name: item for item in items}, []
     for name, said in shown.items():
         labels, frames = items[name].read()
         true, scale = labels["objects"][0], np.array(labels["size"] * 2)
-        frames, n_given = list(frames), args.frames
         if not args.data:  # what comes can be drawn too, up to the contact
-            more = round(FPS * true["ttc"]) - 1
-            frames = reach_clip(int(name.split("/")[1]), n_given, args.resolution, n_more=more)[1]
-        marks = [(np.array(true["box"]) / scale, "white"), (np.array(said["box"]) / scale, "red")]
-        frames = [outline(frame, marks if f >= n_given - 1 else []) for f, frame in enumerate(frames)]
-        pictures.append((true, said, np.stack(frames)))
+            n_more = round(FPS * true["ttc"])
+            frames = reach_clip(int(name.split("/")[1]), args.frames, args.resolution, n_more=n_more)[1]
+        boxes = [np.array(thing["box"]) / scale for thing in (true, said)]
+        frames = [outline(frame, boxes if f >= args.frames - 1 else []) for f, frame in enumerate(frames)]
+        pictures.append((true, said, frames))
     return pictures
 
 
 def draw(plt, report, picture, path, args):
     """The four columns as bars, with floors, ceiling and the paper's row; below, the frames of a clip, with boxes."""
-    figure = plt.figure(figsize=(13, 7.5))
-    grid = figure.add_gridspec(2, args.frames, height_ratios=(2, 1))
+    figure, rows = plt.figure(figsize=(13, 7.5)), report["rows"]
+    grid = figure.add_gridspec(2, 4 * args.frames, height_ratios=(2, 1))
     for i, column in enumerate(COLUMNS):
-        part = args.frames / len(COLUMNS)
-        axes = figure.add_subplot(grid[0, round(i * part) : round((i + 1) * part)])
-        for j, (name, runs) in enumerate(report["rows"].items()):
+        axes = figure.add_subplot(grid[0, i * args.frames + 1 : (i + 1) * args.frames])
+        for j, (name, runs) in enumerate(rows.items()):
             mean, low, high = probe.over_seeds([run[column] for run in runs])
-            is_run = name in KINDS
-            axes.bar(j, mean, color=f"C{j}" if is_run else "lightgrey")
-            if is_run and len(runs) > 1:
+            axes.bar(j, mean, color=f"C{j}" if name in KINDS else "lightgrey")
+            if len(runs) > 1:
                 axes.vlines(j, max(low, 0), min(high, 100), color="black")
-        axes.axhline(PAPER["Toto-large"][i], linestyle=":", color="grey", label="Toto-large on Ego4D, the paper")
-        axes.set_xticks(range(len(report["rows"])), list(report["rows"]), rotation=50, ha="right", fontsize="small")
-        axes.set(title=f"{column}", ylim=(0, 105), ylabel="top-5 mAP, %" if i == 0 else None)
-        if i == 0:
-            axes.legend(fontsize="x-small", frameon=False)
+        axes.axhline(PAPER["Toto-large"][i], linestyle=":", color="grey", label="the paper's Toto-large, on Ego4D")
+        axes.set_xticks(range(len(rows)), list(rows), rotation=50, ha="right", fontsize="small")
+        axes.set(title=f"{column}: top-5 mAP, %", ylim=(0, 105))
+    axes.legend(fontsize="x-small", frameon=False)
     true, said, frames = picture
     for f in range(args.frames):
-        axes = figure.add_subplot(grid[1, f])
+        axes = figure.add_subplot(grid[1, 4 * f : 4 * f + 4])
         axes.imshow(frames[f])
         axes.set_title(f"frame {f + 1}", fontsize="small")
         axes.axis("off")
@@ -810,13 +780,13 @@ def draw(plt, report, picture, path, args):
     figure.savefig(path, dpi=100)
 
 
-def write_pictures(plt, report, items, shown, args):
-    pictures = pictures_of(args, items, shown)
-    draw(plt, report, pictures[0], args.out / "table9.png", args)
-    longest = max(len(frames) for *_, frames in pictures)
-    hold = lambda frames: np.concatenate((frames, np.repeat(frames[-1:], longest - len(frames), axis=0)))
-    pairs = [(f"{true['ttc']:.1f} s, said {said['ttc']:.1f};", hold(frames)) for true, said, frames in pictures]
-    data.write_gif(args.out / "table9.gif", [pairs[i : i + 3] for i in range(0, len(pairs), 3)], args.frames, fps=FPS)
+def animate(pictures, path, args):
+    """The clips side by side, in the stand-in on to the contact, each with the true and the predicted time to it."""
+    longest, pairs = max(len(frames) for *_, frames in pictures), []
+    for true, said, frames in pictures:
+        frames = np.stack(frames + [frames[-1]] * (longest - len(frames)))
+        pairs.append((f"{true['ttc']:.1f} s, said {said['ttc']:.1f};", frames))
+    data.write_gif(path, [pairs[i : i + 3] for i in range(0, len(pairs), 3)], args.frames, fps=FPS)
 
 
 # The program.
@@ -829,7 +799,7 @@ def parse_arguments():
     add("--tokenizer", type=Path, help="its tokenizer (default: dvae.pt beside it, or in --out, trained if missing)")
     add("--size", default="tiny", choices=toto.SIZES, help="of the model to pre-train; §4.4 has large")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
-    add("--clips", type=data.number(int, at_least=10), default=2000, help="of the stand-in, 80 %% of them for training")
+    add("--clips", type=data.number(int, at_least=10), default=2500, help="of the stand-in, 80 %% of them for training")
     add("--steps", type=count, help=f"of pre-training {about('steps')}")
     add("--batch-tokens", type=count, help=f"tokens in a step of it, of all processes {about('batch_tokens')}")
     add("--micro-batch", type=count, default=4, help="sequences in one forward pass of it, in one process")
@@ -875,7 +845,9 @@ def main():
         data.write_json(report, args.out / "table9.json")
         print_table(report, args)
         shown = runs[args.seed, next(iter(KINDS))]["shown"]
-        write_pictures(plt, report, sum(shards["val"], []), shown, args)
+        pictures = pictures_of(args, sum(shards["val"], []), shown)
+        draw(plt, report, pictures[0], args.out / "table9.png", args)
+        animate(pictures, args.out / "table9.gif", args)
         print(f"wrote table9.json, table9.png and table9.gif to {args.out}")
 
 
