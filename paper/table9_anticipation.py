@@ -62,7 +62,9 @@ DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.
 LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
 
 
-# The stand-in for Ego4D: a hand comes in over an edge of the board, and goes on until it meets an object.
+# The stand-in for Ego4D: a hand comes in over an edge of the board, and goes on until it meets an object. Calibrated on
+# 2,000 and 1,000 clips, without any model: the nearest object is touched in 14 % of them; the floors of `baselines`
+# reach 65, 12, 12 and 5 in the four columns (these are numbers of this stand-in, not of Ego4D), the ceiling 100 in all.
 SIDE, FPS, N_OBJECTS = 6, 3, 12  # cells of the board a side; frames a second
 NOUNS = ("ring", "cross", "wedge", "bars")  # the shape that each cell of an object shows, in one of three colours
 RING, CROSS, WEDGE, BARS = range(4)
@@ -315,8 +317,10 @@ class Clips:
     def __init__(self, tokens, n_frames):
         codes = (tokens.codes(i, 0, n_frames) for i in range(len(tokens)))
         self.ids = torch.from_numpy(np.stack([data.to_sequence(c, True)[:-1].astype(np.int16) for c in codes]))
-        self.tokens, self.names, self.objects = tokens, tokens.names, tokens.labels["objects"]
-        self.scale = torch.tensor(tokens.labels["size"]).repeat(1, 2)  # (N, 4), of boxes in shares of the frame
+        self.names, self.grid = tokens.names, tokens.meta["grid"]
+        self.labels = [{task: of_all[i] for task, of_all in tokens.labels.items()} for i in range(len(tokens))]
+        self.objects = tokens.labels["objects"]
+        self.scale = torch.tensor(tokens.labels["size"]).repeat(1, 2)  # (N, 4): boxes are in shares of it
 
     def truth(self, rows):
         """The true objects of some clips: boxes in shares of the frame's sides (n, 4), nouns, verbs and ttcs (n,)."""
@@ -422,23 +426,18 @@ def extrapolate(labels):
     return met[0] | {"verb": verb, "ttc": ttc / FPS}
 
 
-def labels_of(split):
-    """The labels of each clip: [{task: label}]."""
-    return [{task: of_all[i] for task, of_all in split.tokens.labels.items()} for i in range(len(split.names))]
-
-
 def baselines(sets):
-    """{name: scores} of what needs no model. Where clips are Ego4D's nothing is known of other objects: {}.
+    """{name: scores} of what needs no model; {} for Ego4D, where nothing is known of the other objects.
 
     top-5 forgives four false positives a clip. What guessing could get from that is tried too: all objects, first that
     k-th nearest which is touched most often in training, and the first of these with the five most frequent answers.
     """
-    val, train_set = sets["val"], sets["train"]
-    if "all" not in val.tokens.labels:
+    first, val = sets["train"], sets["val"]
+    if "all" not in val.labels[0]:
         return {}
-    near, near_train = ([nearest_first(labels) for labels in labels_of(split)] for split in (val, train_set))
-    seen = [thing for things in train_set.objects for thing in things]
-    touched = Counter([thing["box"] for thing in n].index(o[0]["box"]) for n, o in zip(near_train, train_set.objects))
+    near, near_first = ([nearest_first(labels) for labels in split.labels] for split in (val, first))
+    seen = [thing for things in first.objects for thing in things]
+    touched = Counter([thing["box"] for thing in n].index(o[0]["box"]) for n, o in zip(near_first, first.objects))
     likely = [[things[k] for k in sorted(range(N_OBJECTS), key=lambda k: -touched[k])] for things in near]
     (verb, _), = Counter(thing["verb"] for thing in seen).most_common(1)
     usual = {"verb": verb, "ttc": float(np.mean([thing["ttc"] for thing in seen]))}
@@ -448,14 +447,15 @@ def baselines(sets):
         "nearest object": [ranked([things[0] | usual]) for things in near],
         "every object": [ranked([thing | usual for thing in things]) for things in likely],
         "one object, five answers": [ranked([o[0] | {"verb": v, "ttc": t} for v, t in frequent]) for o in likely],
-        "ceiling: the hand goes on": [ranked([extrapolate(labels)]) for labels in labels_of(val)],
+        "ceiling: the hand goes on": [ranked([extrapolate(labels)]) for labels in val.labels],
     }
     return {name: top_map(guess, val.objects) for name, guess in guesses.items()}
 
 
 # The pyramid and the head that reads it.
 # Not in the paper: the levels' sizes, as shares of the token grid. Tokens have one size at all layers, so the first
-# layer is enlarged, for the boxes' edges, and the last is halved: what it knows then soon reaches all places.
+# layer is enlarged, for the boxes' edges, and the last two are halved: what they know soon reaches all places. With
+# one halved, noun was 27 after 200 steps where it is 39 with two; with none it had hardly begun to learn after 300.
 LEVELS = (2, 1, 1, 0.5, 0.5)
 PRIOR = 0.01  # of a place to show a next object, before training: as in RetinaNet, or the many empty places would rule
 
@@ -672,7 +672,7 @@ def fine_tune(kind, seed, sets, counts, args, device):
     def work(state, settings):
         trained, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
         torch.manual_seed(seed)
-        head = Anticipator(trained.config, sets["train"].tokens.meta["grid"], *counts).to(device)
+        head = Anticipator(trained.config, sets["train"].grid, *counts).to(device)
         model = toto.Toto(trained.config, trained.compute_dtype).to(device)
         if pre_trained:
             model.load_state_dict(trained.state_dict())
@@ -757,9 +757,10 @@ def pictures_of(args, items, shown):
 def draw(plt, report, picture, path, args):
     """The four columns as bars, with floors, ceiling and the paper's row; below, the frames of a clip, with boxes."""
     figure, rows = plt.figure(figsize=(13, 7.5)), report["rows"]
-    grid = figure.add_gridspec(2, 4 * args.frames, height_ratios=(2, 1))
+    above = figure.add_gridspec(1, len(COLUMNS), left=0.05, right=0.99, top=0.95, bottom=0.5)
+    below = figure.add_gridspec(1, args.frames, left=0.02, right=0.98, top=0.3, bottom=0.05)
     for i, column in enumerate(COLUMNS):
-        axes = figure.add_subplot(grid[0, i * args.frames + 1 : (i + 1) * args.frames])
+        axes = figure.add_subplot(above[i])
         for j, (name, runs) in enumerate(rows.items()):
             mean, low, high = probe.over_seeds([run[column] for run in runs])
             axes.bar(j, mean, color=f"C{j}" if name in KINDS else "lightgrey")
@@ -771,12 +772,11 @@ def draw(plt, report, picture, path, args):
     axes.legend(fontsize="x-small", frameon=False)
     true, said, frames = picture
     for f in range(args.frames):
-        axes = figure.add_subplot(grid[1, 4 * f : 4 * f + 4])
+        axes = figure.add_subplot(below[f])
         axes.imshow(frames[f])
         axes.set_title(f"frame {f + 1}", fontsize="small")
         axes.axis("off")
     figure.text(0.5, 0.01, f"white: {in_words(true, args)} (the truth)      red: {in_words(said, args)}", ha="center")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=100)
 
 
@@ -786,7 +786,7 @@ def animate(pictures, path, args):
     for true, said, frames in pictures:
         frames = np.stack(frames + [frames[-1]] * (longest - len(frames)))
         pairs.append((f"{true['ttc']:.1f} s, said {said['ttc']:.1f};", frames))
-    data.write_gif(path, [pairs[i : i + 3] for i in range(0, len(pairs), 3)], args.frames, fps=FPS)
+    data.write_gif(path, [pairs[i : i + 3] for i in range(0, max(len(pairs) - 2, 1), 3)], args.frames, fps=FPS)
 
 
 # The program.

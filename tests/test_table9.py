@@ -180,10 +180,9 @@ def test_ttc_and_verb_are_those_of_the_way():
 
 
 def made(indices):
-    """Clips of the stand-in as table9.baselines sees them, without pictures' tokens."""
+    """Clips of the stand-in as table9.baselines sees them, without tokens."""
     labels = [table9.reach_clip(index)[0] for index in indices]
-    by_task = {task: [some[task] for some in labels] for task in labels[0]}
-    return SimpleNamespace(names=list(indices), objects=by_task["objects"], tokens=SimpleNamespace(labels=by_task))
+    return SimpleNamespace(labels=labels, objects=[some["objects"] for some in labels])
 
 
 def test_floors_and_ceiling_lie_far_apart():
@@ -283,29 +282,31 @@ def test_five_layers():
 
 
 def images_of(rng, n):
-    """Noise of 48 pixels with a box in one of two colours -> tokens (n, T, 192) of 8 x 8 pixels, truths, boxes."""
-    frames, truths = rng.random((n, 48, 48, 3), dtype=np.float32) * 0.6, []
+    """Noise of 24 pixels with a box in one of two colours -> tokens (n, T, 48) of 4 x 4 pixels, truths."""
+    frames, truths = rng.random((n, 24, 24, 3), dtype=np.float32) * 0.6, []
     for frame in frames:
-        (x, y), (w, h), noun = rng.integers(0, 24, 2), rng.integers(10, 25, 2), int(rng.integers(2))
+        (x, y), (w, h), noun = rng.integers(0, 12, 2), rng.integers(5, 13, 2), int(rng.integers(2))
         frame[y : y + h, x : x + w] = [(1, 0, 0), (0, 0, 1)][noun]
-        box = torch.tensor([[x, y, x + w, y + h]]) / 48
+        box = torch.tensor([[x, y, x + w, y + h]]) / 24
         truths.append((box, torch.tensor([noun]), torch.tensor([1 - noun]), torch.tensor([noun + 0.5])))
-    tokens = torch.from_numpy(frames).unflatten(1, (6, 8)).unflatten(3, (6, 8)).permute(0, 1, 3, 2, 4, 5)
+    tokens = torch.from_numpy(frames).unflatten(1, (6, 4)).unflatten(3, (6, 4)).permute(0, 1, 3, 2, 4, 5)
     return tokens.flatten(3).flatten(1, 2), truths
 
 
 def test_the_head_learns_to_find_a_box():
-    """On unseen images: the mean IoU of the best detection is above .75, with its noun, verb and time."""
+    """On unseen images: the mean IoU of the best detection is above .75, and its noun, verb and time are right."""
     torch.manual_seed(0)
-    rng, config = np.random.default_rng(0), toto.Config(dim=192, n_heads=4, n_layers=4, hidden=8)
+    rng, config = np.random.default_rng(0), toto.Config(dim=48, n_heads=4, n_layers=4, hidden=8)
     head, layers = table9.Anticipator(config, (6, 6), 2, 2), range(5)
-    optimizer = probe.make_optimizer({"head": head}, None, SimpleNamespace(finetune=None, lr=2e-3))
-    for _ in range(150):
+    optimizer = probe.make_optimizer({"head": head}, None, SimpleNamespace(finetune=None, lr=5e-3))
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=300)
+    for _ in range(300):
         tokens, truths = images_of(rng, 16)
         parts = table9.losses(head(dict.fromkeys(layers, tokens)), truths, (12, 12))
         sum(table9.WEIGHTS[name] * part for name, part in parts.items()).backward()
         optimizer.step()
         optimizer.zero_grad()
+        rate.step()
     tokens, truths = images_of(np.random.default_rng(1), 60)
     with torch.no_grad():
         answers = head.eval()(dict.fromkeys(layers, tokens))
@@ -314,7 +315,7 @@ def test_the_head_learns_to_find_a_box():
         best = table9.detections([part[i] for part in answers], torch.ones(4))[0]
         ious.append(table9.overlaps(torch.tensor([best["box"]]), box).item())
         right.append((best["noun"], best["verb"]) == (noun, verb) and abs(best["ttc"] - ttc.item()) < 0.25)
-    assert np.mean(ious) > 0.75 and np.mean(right) > 0.9
+    assert np.mean(ious) > 0.75 and np.mean(right) > 0.9, (np.mean(ious), np.mean(right))
 
 
 # Ego4D's layout.
