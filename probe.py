@@ -339,7 +339,7 @@ def fine_tuned_features(model, ids, layers, mode, causal):
 
 
 def make_optimizer(heads, model, args):
-    """Not in the paper: AdamW with weight decay 0.05 on matrices only, not on norms, biases and the query.
+    """Not in the paper: AdamW with weight decay 0.05 on matrices and kernels, not on norms, biases and the query.
 
     `scale` is what multiplies a group's rate: the layer decay and, on the blocks' matrices, µP's ratio (A.5). AdamW
     decays by rate · weight decay, so the latter is divided by the ratio: no width decays faster than another.

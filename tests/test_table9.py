@@ -44,7 +44,7 @@ def test_the_original_metric_s_values():
 
 
 def test_what_counts_as_a_match():
-    """Boxes are one pixel larger, IoU must be above a half, and a true object is taken once; the four fifths by hand."""
+    """Boxes are one pixel larger, IoU must be above a half, and a true object is taken once."""
     half = [thing([0, 0, 9, 4], score=1.0)]  # 10 x 5 of 10 x 10 pixels: exactly a half
     assert maps(half, [thing([0, 0, 9, 9])]) == [0] * 4
     assert maps([thing([0, 0, 9, 5], score=1.0)], [thing([0, 0, 9, 9])]) == [100] * 4
@@ -52,6 +52,9 @@ def test_what_counts_as_a_match():
     twice = [TRUE | {"score": 0.9}, TRUE | {"score": 0.8}, thing([60, 60, 90, 90], score=0.7)]
     two = [TRUE, thing([60, 60, 90, 90])]
     assert maps(twice, two, k=1) == pytest.approx([50 + 50 * 2 / 3] * 4, abs=1e-6)
+    # One that overlaps two true objects takes the one that it fits best, and leaves the other.
+    two = [thing([0, 0, 9, 9]), thing([0, 2, 9, 11])]
+    assert maps([thing([0, 2, 9, 11], score=0.9), thing([0, -3, 9, 6], score=0.8)], two, k=1)[0] == 100
     # Five false positives before the right one: four are forgiven.
     many = [thing([60, 60, 90, 90], score=0.9) for _ in range(5)] + [TRUE | {"score": 0.1}]
     assert maps(many, [TRUE]) == pytest.approx([50] * 4, abs=1e-6) and maps(many[1:], [TRUE])[0] == 100
