@@ -280,6 +280,8 @@ def shards_of(args):
     if args.data:
         shards, counts = zip(*(ego4d_shards(args.data, s, args.frames, args.resolution) for s in ("train", "val")))
         return dict(zip(("train", "val"), shards)), [max(pair) for pair in zip(*counts)]
+    if args.resolution % (8 * SIDE):
+        raise ValueError(f"--resolution {args.resolution}: the stand-in needs a multiple of {8 * SIDE}")
     n_train = round(0.8 * args.clips)
     indices = {"train": range(n_train), "val": range(1_000_000, 1_000_000 + args.clips - n_train)}
     shards = {split: stand_in_shards(some, args.frames, args.resolution) for split, some in indices.items()}
@@ -698,13 +700,19 @@ N_SHOWN = 6  # clips in table9.gif; the first of them is in table9.png
 
 
 def gain(rows, column):
-    """§4.4's claim: what the next-token loss adds to a column, in points, by (mean, low, high) over paired seeds."""
+    """§4.4's claim: what the next-token loss adds to a column, in points: [mean, low, high] over paired seeds.
+
+    One seed has no interval: [mean, None, None].
+    """
     with_, without = ([run[column] for run in rows[kind]] for kind in list(KINDS)[:2])
-    return probe.over_seeds([a - b for a, b in zip(with_, without)])
+    found = probe.over_seeds([a - b for a, b in zip(with_, without)])
+    return [x if math.isfinite(x) else None for x in found]
 
 
 def verdict(low, high):
-    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
+    if low is None or low <= 0 <= high:
+        return "cannot tell"
+    return "holds" if low > 0 else "does not hold"
 
 
 def print_table(report, args):
@@ -719,7 +727,7 @@ def print_table(report, args):
         print(line(name, *(probe.show_seeds([run[column] for run in runs]) for column in COLUMNS)))
     print("\nthe next-token loss beside the task's (with - without, paired by seed), in points:")
     for column, (mean, low, high) in report["gain"].items():
-        interval = f"({low:.1f} to {high:.1f})" if args.seeds > 1 else "(one seed has no interval)"
+        interval = "(one seed has no interval)" if low is None else f"({low:.1f} to {high:.1f})"
         print(f"{column:<16}{mean:5.1f} {interval}: {verdict(low, high)}")
 
 
@@ -824,13 +832,13 @@ def main():
         config, args.resolution, args.frames = (checkpoint[key] for key in ("config", "resolution", "frames"))
     for name, value in (LAPTOP if is_tiny(config) else DEFAULTS).items():
         setattr(args, name, getattr(args, name, None) or value)
-    if args.batch % data.world_size():
-        raise ValueError(f"--batch {args.batch}: {data.world_size()} processes cannot share it evenly")
     shards, counts = shards_of(args)
     tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
     how = args.out / "tokens", tokenizer, args.resolution, 1
     tokens = {split: data.tokenize_cached(f"{args.data or 'reach'}-{split}", shards[split], *how) for split in shards}
     sets = {split: Clips(some, args.frames) for split, some in tokens.items()}
+    if min(args.batch, len(sets["train"].ids)) % data.world_size():
+        raise ValueError(f"--batch {args.batch}: {data.world_size()} processes cannot share it evenly")
 
     report = {"paper": PAPER, "clips": [len(some) for some in tokens.values()], "rows": {}}
     if not given:

@@ -465,6 +465,12 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "s/sample.gif").exists() and (tmp_path / "hf/model.safetensors").exists()
 
 
+def test_a_resolution_that_cells_do_not_divide(tokenizer, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
+    failed = run(command(tokenizer, tmp_path, "--resolution", 64), status=2)
+    assert failed.stderr.splitlines()[-1] == "error: --resolution 64: the stand-in needs a multiple of 48"
+
+
 def test_ego4d_with_a_checkpoint(ego4d, tokenizer, tmp_path, monkeypatch, capsys):
     """Frames that cannot be read are skipped and named; no floors are known; a bad file ends in one line."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
@@ -490,6 +496,9 @@ def test_the_loss_with_and_without_next_tokens():
     """fine_tuned_features' modes are what the two kinds of run differ in, and layers all learn."""
     assert [mode for _, mode in table9.KINDS.values()] == ["both", "full", "both"]
     rows = {"with next tokens": [{"noun": 3.0}, {"noun": 5.0}], "without": [{"noun": 1.0}, {"noun": 2.0}]}
+    assert table9.gain({kind: runs[:1] for kind, runs in rows.items()}, "noun") == [2.0, None, None]
     mean, low, high = table9.gain(rows, "noun")
     assert mean == 2.5 and low == pytest.approx(2.5 - 12.706 * 0.5) and high == pytest.approx(2.5 + 12.706 * 0.5)
-    assert [table9.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1))] == ["holds", "does not hold", "cannot tell"]
+    assert [table9.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1), (None, None))] == [
+        "holds", "does not hold", "cannot tell", "cannot tell",
+    ]  # fmt: skip
