@@ -57,7 +57,7 @@ PAPER = {
 KINDS = {
     "with next tokens": (True, "both"), "without": (True, "full"), "from scratch, with": (False, "both"),
 }  # fmt: skip
-# §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 15 minutes.
+# §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 20 minutes.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"], "batch": 16}
 LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
 
