@@ -339,7 +339,7 @@ def fine_tuned_features(model, ids, layers, mode, causal):
 
 
 def make_optimizer(heads, model, args):
-    """Not in the paper: AdamW with weight decay 0.05 on matrices only, not on norms, biases and the query.
+    """Not in the paper: AdamW with weight decay 0.05 on matrices and kernels, not on norms, biases and the query.
 
     `scale` is what multiplies a group's rate: the layer decay and, on the blocks' matrices, µP's ratio (A.5). AdamW
     decays by rate · weight decay, so the latter is divided by the ratio: no width decays faster than another.
@@ -347,7 +347,7 @@ def make_optimizer(heads, model, args):
     groups, trunk = [], layer_scales(model) if args.finetune else []
     for part, scale in [(nn.ModuleList(heads.values()), 1.0), *trunk]:
         ratio = model.config.mup_ratio if isinstance(part, toto.Block) else 1.0
-        matrices = [p for p in part.parameters() if p.dim() == 2]
+        matrices = [p for p in part.parameters() if p.dim() >= 2]
         vectors = [p for p in part.parameters() if p.dim() < 2]
         groups.append({"params": matrices, "scale": scale * ratio, "weight_decay": 0.05 / ratio})
         groups.append({"params": vectors, "scale": scale, "weight_decay": 0.0})
