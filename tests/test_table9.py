@@ -201,6 +201,43 @@ def test_floors_and_ceiling_lie_far_apart():
     assert found["every object"]["noun"] > 50  # five guesses of twelve: the metric forgives four
 
 
+def first_by_edges(labels):
+    """{direction: (cells between, box)} of the nearest object in the hand's row or column, from the edges of boxes."""
+    found, (x, y) = {}, labels["cells"][-1]
+    for thing_ in labels["all"]:
+        a, b, c, d = (side // 8 for side in thing_["box"])
+        ways = {"up": y - d + 1, "down": b - y} if a <= x < c else {}
+        ways |= {"left": x - c + 1, "right": a - x} if b <= y < d else {}
+        for way, n in ways.items():
+            if n > 0 and (way not in found or n < found[way][0]):
+                found[way] = n, thing_["box"]
+    return found
+
+
+def test_the_first_objects_around():
+    """One of at most four is the target. All that is wrong is forgiven: a column is how often the answer is right."""
+    sets = {"train": made(range(200)), "val": made(range(10**6, 10**6 + 60))}
+    at, verbs, hits = {}, [], {noun: [] for noun in range(4)}
+    for labels in sets["train"].labels + sets["val"].labels:
+        around = sorted((n, thing_["box"]) for n, thing_ in table9.first_around(labels))
+        assert around == sorted(first_by_edges(labels).values()) and len(around) <= 4
+    for labels in sets["train"].labels:
+        (target,) = labels["objects"]
+        (n,) = (n for n, box in first_by_edges(labels).values() if box == target["box"])
+        at.setdefault(n, []).append(target["ttc"])
+        verbs.append(target["verb"])
+    for labels in sets["val"].labels:
+        (target,) = labels["objects"]
+        (n,) = (n for n, box in first_by_edges(labels).values() if box == target["box"])
+        near = lambda t: sum(t - 1e-6 <= ttc <= t + 0.5 + 1e-6 for ttc in at[n])  # t: the earliest time that it covers
+        earliest = max(sorted(set(at[n])), key=near)
+        hit = target["verb"] == max(set(verbs), key=verbs.count), 0 <= target["ttc"] - earliest + 1e-6 <= 0.5 + 2e-6
+        hits[target["noun"]].append((1, hit[0], hit[1], all(hit)))
+    expected = 100 * np.mean([np.mean(rows, axis=0) for rows in hits.values()], axis=0)
+    found = list(table9.baselines(sets)["first objects around"].values())
+    assert found == pytest.approx(expected.tolist()) and found[0] == 100
+
+
 def test_the_nearest_object():
     """By the number of cells between, and, of those alike, by the distance of the centres."""
     for index in range(30):
