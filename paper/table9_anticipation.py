@@ -25,9 +25,10 @@ Shape letters: B clips, F frames, R pixels a side, T tokens, D width, P places, 
 import json
 import math
 import sys
+import zlib
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,6 +292,22 @@ def shards_of(args):
     return shards, [len(NOUNS), len(VERBS)]
 
 
+def source_of(args, split):
+    """A name for a split's clips that changes with all they follow from: its annotations, or how they are drawn."""
+    if args.data:
+        content = (Path(args.data) / f"fho_sta_{split}.json").read_bytes()
+    else:  # the first clips stand for the program that draws them all
+        some = [reach_clip(index, args.frames, args.resolution) for index in range(8)]
+        content = json.dumps([args.clips, *(labels for labels, _ in some)]).encode()
+        content += b"".join(frames.tobytes() for _, frames in some)
+    return f"{Path(args.data or 'reach')}-{split}-{args.frames}-{zlib.crc32(content):08x}"
+
+
+def tokens_of(args, split, shards, tokenizer):
+    """A split's token folder, made if it is missing. Clips of another length or other labels have another folder."""
+    return data.tokenize_cached(source_of(args, split), shards, args.out / "tokens", tokenizer, args.resolution, 1)
+
+
 def make_tokenizer(args, shards, device):
     """--tokenizer, or the one in --out: a small dVAE, which is trained first, on the training clips, if it is missing.
 
@@ -320,6 +337,10 @@ class Clips:
     """The clips of a token folder: ids (N, 1 + T) and, of each, the true objects; boxes in pixels of the original."""
 
     def __init__(self, tokens, n_frames):
+        for name, length in zip(tokens.names, tokens.length.tolist()):
+            if length != n_frames:
+                words = f"{length} frames, not {n_frames}; remove the folder, or give another --out"
+                raise ValueError(f"{tokens.folder}: clip {name} has {words}")
         codes = (tokens.codes(i, 0, n_frames) for i in range(len(tokens)))
         self.ids = torch.from_numpy(np.stack([data.to_sequence(c, True)[:-1].astype(np.int16) for c in codes]))
         self.names, self.grid = tokens.names, tokens.meta["grid"]
@@ -626,7 +647,13 @@ def detections(answers, scale, n_best=50, n_kept=20):
 
 
 # The runs.
-def pre_train(args, tokens, tokenizer, device):
+def checksum(*contents):
+    """What a finished run's settings know of weights, ids and labels: names and numbers of steps alone may lie."""
+    as_bytes = lambda x: x.contiguous().numpy() if isinstance(x, torch.Tensor) else json.dumps(x).encode()
+    return reduce(lambda total, x: zlib.crc32(as_bytes(x), total), contents, 0)
+
+
+def pre_train(args, tokens, clips, tokenizer, device):
     """§3.2 on the training clips -> {"loss", …} of those held out among them; writes toto.pt."""
 
     def work(state, settings):
@@ -643,7 +670,8 @@ def pre_train(args, tokens, tokenizer, device):
             probe.save_finetuned(model, tokenizer, checkpoint, args, args.out / "toto.pt")
         return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
 
-    settings = {"tokenizer": tokenizer.fingerprint(), "clips": len(tokens), "seed": args.seed}
+    settings = {"tokenizer": tokenizer.fingerprint(), "clips": len(tokens), "seed": args.seed, "frames": args.frames}
+    settings |= {"contents": checksum(clips.ids)}
     return train.kept_run(args, "pre-training", settings, work)
 
 
@@ -722,6 +750,9 @@ def fine_tune(kind, seed, sets, counts, args, device):
     settings = {"checkpoint": str(args.checkpoint), "step": checkpoint["step"], "tokenizer": checkpoint["tokenizer"]}
     settings |= {"clips": [len(split.names) for split in sets.values()], "batch": args.batch, "seed": seed}
     settings |= {"kind": kind, "epochs": args.epochs, "finetune_lr": args.finetune_lr, "processes": data.world_size()}
+    contents = [part for split in sets.values() for part in (split.ids, split.labels)]
+    weights = [weight.float() for _, weight in sorted(checkpoint["model"].items())]
+    settings |= {"frames": args.frames, "contents": checksum(*contents, *weights)}
     return train.kept_run(args, name, settings, work)
 
 
@@ -864,15 +895,14 @@ def main():
         setattr(args, name, getattr(args, name, None) or value)
     shards, counts = shards_of(args)
     tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
-    how = args.out / "tokens", tokenizer, args.resolution, 1
-    tokens = {split: data.tokenize_cached(f"{args.data or 'reach'}-{split}", shards[split], *how) for split in shards}
+    tokens = {split: tokens_of(args, split, shards[split], tokenizer) for split in shards}
     sets = {split: Clips(some, args.frames) for split, some in tokens.items()}
     if min(args.batch, len(sets["train"].ids)) % data.world_size():
         raise ValueError(f"--batch {args.batch}: {data.world_size()} processes cannot share it evenly")
 
     report = {"paper": PAPER, "clips": [len(some) for some in tokens.values()], "rows": {}}
     if not given:
-        report["pre-training"] = pre_train(args, tokens["train"], tokenizer, device)
+        report["pre-training"] = pre_train(args, tokens["train"], sets["train"], tokenizer, device)
         args.checkpoint, args.tokenizer = args.out / "toto.pt", None
     seeds, shown = range(args.seed, args.seed + args.seeds), {}
     runs = {(seed, kind): fine_tune(kind, seed, sets, counts, args, device) for seed in seeds for kind in KINDS}

@@ -532,6 +532,68 @@ def test_ego4d_with_a_checkpoint(ego4d, tokenizer, tmp_path, monkeypatch, capsys
     assert failed.stderr.splitlines()[-1].startswith("error: ") and "fho_sta_val.json" in failed.stderr
 
 
+def small_sets(tokenizer, out, clips=12, frames=8):
+    """(args, sets of clips of the stand-in) without a program around them."""
+    args = table9.parse_arguments()
+    args.resolution, args.clips, args.frames, args.out = 48, clips, frames, out
+    shards, _ = table9.shards_of(args)
+    tokens = {split: table9.tokens_of(args, split, some, dvae.load(tokenizer)) for split, some in shards.items()}
+    return args, {split: table9.Clips(some, frames) for split, some in tokens.items()}
+
+
+def small_checkpoint(tokenizer, path, seed=0):
+    torch.manual_seed(seed)
+    model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=4, hidden=64, vocab_size=36))
+    checkpoint = {"step": 1, "tokenizer": dvae.load(tokenizer).fingerprint(), "stride": 1, "frames": 8}
+    probe.save_finetuned(model, dvae.load(tokenizer), checkpoint, SimpleNamespace(resolution=48), path)
+    return path
+
+
+def small_run(args, sets, tokenizer, path, kind="without"):
+    args.checkpoint, args.tokenizer, args.epochs, args.finetune_lr, args.batch = path, tokenizer, 1, 1e-3, 5
+    return table9.fine_tune(kind, 0, sets, [4, 4], args, torch.device("cpu"))
+
+
+def test_a_finished_run_of_other_weights_or_clips_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    args, sets = small_sets(tokenizer, tmp_path)
+    path = small_checkpoint(tokenizer, tmp_path / "model/toto.pt")
+    first = small_run(args, sets, tokenizer, path)
+    monkeypatch.setattr(table9, "learn", None)  # nothing is learned again
+    assert small_run(args, sets, tokenizer, path) == first
+    sets["val"].labels[0]["objects"][0]["ttc"] += 0.1
+    with pytest.raises(ValueError, match="runs/without-0.json: its contents is .*; remove it, or give another --out"):
+        small_run(args, sets, tokenizer, path)
+    sets["val"].labels[0]["objects"][0]["ttc"] -= 0.1
+    with pytest.raises(ValueError, match="without-0.json: its contents is"):  # the same path and step
+        small_run(args, sets, tokenizer, small_checkpoint(tokenizer, path, seed=1))
+    args.frames = 7
+    with pytest.raises(ValueError, match="without-0.json: its frames is 8, here it is 7"):
+        small_run(args, sets, tokenizer, small_checkpoint(tokenizer, path))
+
+
+def test_other_numbers_of_frames_in_the_same_folder(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    folders = set()
+    for frames in (8, 7, 16, 8):
+        args, sets = small_sets(tokenizer, tmp_path, frames=frames)
+        folders = set((tmp_path / "tokens").iterdir())
+        expected = [table9.reach_clip(index, frames)[0] for index in range(len(sets["train"].ids))]
+        assert sets["train"].labels == json.loads(json.dumps(expected)) and len(sets["train"].ids) == 10
+        assert sets["train"].ids.shape[1] == 1 + frames * 36
+    assert len(folders) == 6
+    tokens = data.Tokens(next(folder for folder in folders if "train-16" in folder.name))
+    with pytest.raises(ValueError, match=r"train-16-.*: clip reach/0000000 has 16 frames, not 8; remove the folder"):
+        table9.Clips(tokens, 8)
+
+
+def test_changed_annotations_are_other_clips(ego4d):
+    args = SimpleNamespace(data=ego4d, frames=8)
+    before = table9.source_of(args, "val")
+    change(ego4d, lambda c: c["annotations"][0]["objects"][0].update(time_to_contact=0.7))
+    assert table9.source_of(args, "val") != before and before.startswith(f"{ego4d}-val-8-")
+
+
 def test_the_loss_with_and_without_next_tokens():
     """fine_tuned_features' modes are what the two kinds of run differ in, and layers all learn."""
     assert [mode for _, mode in table9.KINDS.values()] == ["both", "full", "both"]
