@@ -78,6 +78,7 @@ STRAIGHT, TURN, SLOW, FAST = range(4)
 BOXES = ((1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3))
 SKIN, INK = (250, 205, 165), (20, 20, 30)
 LATEST = 9  # ttc in frames, at most
+MIN_FRAMES = 7  # in which all verbs can be told: an empty one, two whole stays where it speeds up (3 + 2), and one more
 
 
 def stays(verb, pace):
@@ -284,8 +285,14 @@ def shards_of(args):
     if args.data:
         shards, counts = zip(*(ego4d_shards(args.data, s, args.frames, args.resolution) for s in ("train", "val")))
         return dict(zip(("train", "val"), shards)), [max(pair) for pair in zip(*counts)]
+    given = f"--checkpoint {args.checkpoint}: its " if args.checkpoint else "--"
+    other = "another model, or Ego4D by --data" if args.checkpoint else "--resolution {}"
     if args.resolution % (8 * SIDE):
-        raise ValueError(f"--resolution {args.resolution}: the stand-in needs a multiple of {8 * SIDE}")
+        fits = math.ceil(args.resolution / (8 * SIDE)) * 8 * SIDE
+        words = f"the stand-in needs a multiple of {8 * SIDE}; give {other.format(fits)}"
+        raise ValueError(f"{given}resolution {args.resolution}: {words}")
+    if args.frames < MIN_FRAMES:
+        raise ValueError(f"{given}frames are {args.frames}: the stand-in needs {MIN_FRAMES} at least; give {other}")
     n_train = round(0.8 * args.clips)
     indices = {"train": range(n_train), "val": range(1_000_000, 1_000_000 + args.clips - n_train)}
     shards = {split: stand_in_shards(some, args.frames, args.resolution) for split, some in indices.items()}
@@ -311,24 +318,34 @@ def tokens_of(args, split, shards, tokenizer):
 def make_tokenizer(args, shards, device):
     """--tokenizer, or the one in --out: a small dVAE, which is trained first, on the training clips, if it is missing.
 
-    It is not trained through dvae.train_on, which reads folders of media by centre crops.
+    It is not trained through dvae.train_on, which reads folders of media by centre crops. dvae.json beside it keeps
+    what it was trained on: with other settings it is refused.
     """
-    path, state = args.tokenizer or args.out / "dvae.pt", args.out / "dvae.pt.training"
-    if not path.exists() and args.tokenizer is None:
+    path, state, kept = args.tokenizer or args.out / "dvae.pt", args.out / "dvae.pt.training", args.out / "dvae.json"
+    items, settings = sum(shards, []), {"resolution": args.resolution, "seed": args.seed}
+    settings |= {"clips": len(items), "source": source_of(args, "train")}
+
+    def work():
         recipe = replace(dvae.LAPTOP, batch=math.lcm(dvae.LAPTOP.batch, data.world_size()))
-        items, settings = sum(shards, []), {"data": args.data, "resolution": args.resolution, "seed": args.seed}
         read_pool = lambda i: data.gather_frames(
             items, dvae.POOL, args.resolution, [args.seed, i, data.rank()], per_item=8, quiet=data.rank() > 0
         )
-        settings |= {"clips": len(items), "processes": data.world_size()}
-        how = args.seed, device, data.fast_dtype(device), state, settings
+        how = args.seed, device, data.fast_dtype(device), state, settings | {"processes": data.world_size()}
         model = dvae.train(read_pool, dvae.SMALL, recipe, *how)
         if data.rank() == 0:
+            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
+            dvae.draw_kept(model, examples, path.with_suffix(".png"))
             dvae.save(model, path)
             for file in (state, dvae.warm_start_file(state)):
                 file.unlink(missing_ok=True)
-            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
-            dvae.draw_kept(model, examples, path.with_suffix(".png"))
+
+    if args.tokenizer is None:
+        if path.exists() and not kept.exists():
+            words = f"{kept.name} is missing, which tells what it was trained on"
+            raise ValueError(f"{path}: {words}; remove it, or give it by --tokenizer")
+        if kept.exists() and not path.exists():
+            raise ValueError(f"{path}: is missing, although {kept} is there; remove that")
+        data.once(kept, settings, work)
     data.wait_for_all()
     return dvae.load(path, device, data.fast_dtype(device))
 
@@ -894,11 +911,11 @@ def main():
     for name, value in (LAPTOP if is_tiny(config) else DEFAULTS).items():
         setattr(args, name, getattr(args, name, None) or value)
     shards, counts = shards_of(args)
+    if min(args.batch, sum(map(len, shards["train"]))) % data.world_size():
+        raise ValueError(f"--batch {args.batch}: {data.world_size()} processes cannot share it evenly")
     tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
     tokens = {split: tokens_of(args, split, shards[split], tokenizer) for split in shards}
     sets = {split: Clips(some, args.frames) for split, some in tokens.items()}
-    if min(args.batch, len(sets["train"].ids)) % data.world_size():
-        raise ValueError(f"--batch {args.batch}: {data.world_size()} processes cannot share it evenly")
 
     report = {"paper": PAPER, "clips": [len(some) for some in tokens.values()], "rows": {}}
     if not given:

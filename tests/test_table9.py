@@ -508,7 +508,59 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
 def test_a_resolution_that_cells_do_not_divide(tokenizer, tmp_path):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     failed = run(command(tokenizer, tmp_path, "--resolution", 64), status=2)
-    assert failed.stderr.splitlines()[-1] == "error: --resolution 64: the stand-in needs a multiple of 48"
+    assert failed.stderr.splitlines()[-1] == (
+        "error: --resolution 64: the stand-in needs a multiple of 48; give --resolution 96"
+    )
+
+
+def shards_for(monkeypatch, *words, **changes):
+    monkeypatch.setattr(sys, "argv", ["table9", *words])
+    args = table9.parse_arguments()
+    vars(args).update({"resolution": 48, "frames": 8} | changes)
+    return table9.shards_of(args)
+
+
+def test_what_the_stand_in_cannot_draw(monkeypatch, tmp_path):
+    """Too few frames to tell that a hand speeds up, and sides that its cells do not divide: one line each."""
+    with pytest.raises(ValueError, match="^--checkpoint m.pt: its frames are 6: the stand-in needs 7 at least; give an"):
+        shards_for(monkeypatch, checkpoint="m.pt", frames=6)
+    with pytest.raises(ValueError, match="^--checkpoint m.pt: its resolution 128: .* 48; give another model, or Ego4D"):
+        shards_for(monkeypatch, checkpoint="m.pt", resolution=128)
+    with pytest.raises(ValueError, match="^--resolution 128: .* of 48; give --resolution 144$"):
+        shards_for(monkeypatch, "--size", "base", resolution=128)
+    verbs = {table9.reach_clip(index, table9.MIN_FRAMES)[0]["objects"][0]["verb"] for index in range(30)}
+    assert verbs == set(range(4))  # the fewest frames can be drawn
+
+
+def test_a_batch_that_processes_cannot_share(tokenizer, tmp_path, monkeypatch):
+    """Said before a tokenizer is trained."""
+    pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
+    monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path, "--batch", 5, "--clips", 20))
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    monkeypatch.setattr(table9, "make_tokenizer", None)
+    with pytest.raises(ValueError, match="^--batch 5: 2 processes cannot share it evenly$"):
+        table9.main()
+
+
+def test_a_tokenizer_of_other_settings_is_refused(untrained_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    args, device, trained = table9.parse_arguments(), torch.device("cpu"), []
+    args.resolution, args.clips, args.frames, args.out = 48, 12, 8, tmp_path
+    monkeypatch.setattr(dvae, "train", lambda *inputs: trained.append(1) or untrained_tokenizer)
+    make = lambda: table9.make_tokenizer(args, table9.shards_of(args)[0]["train"], device).fingerprint()
+    assert make() == make() == untrained_tokenizer.fingerprint() and len(trained) == 1
+    args.resolution = 96
+    with pytest.raises(ValueError, match="dvae.json: its resolution is 48, here it is 96; remove it, or give another"):
+        make()
+    args.resolution = 48
+    (tmp_path / "dvae.json").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="dvae.pt: dvae.json is missing, .*; remove it, or give it by --tokenizer"):
+        make()
+    (tmp_path / "away").rename(tmp_path / "dvae.json")
+    (tmp_path / "dvae.pt").unlink()
+    with pytest.raises(ValueError, match="dvae.pt: is missing, although .*dvae.json is there; remove that"):
+        make()
+    assert len(trained) == 1
 
 
 def test_ego4d_with_a_checkpoint(ego4d, tokenizer, tmp_path, monkeypatch, capsys):
