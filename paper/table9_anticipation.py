@@ -14,8 +14,9 @@ the hand, lucky answers.
 --data holds fho_sta_train.json and fho_sta_val.json, and for each annotation the frames up to its own, as
 frames/VIDEO_ID/FRAME.jpg with seven digits (0001234.jpg), or else a clip as Ego4D publishes it, clips/CLIP_UID.mp4.
 
-Writes to --out: table9.json, table9.png, table9.gif, the tokenizer dvae.pt, the pre-trained toto.pt and the fine-tuned
-trunks, finetuned-KIND-SEED.pt, as checkpoints for all programs. Run again, it resumes where it stopped.
+Writes to --out: table9.json, table9.png, table9.gif, the tokenizer dvae.pt with its settings in dvae.json, the
+pre-trained toto.pt and the fine-tuned trunks, finetuned-KIND-SEED.pt, as checkpoints for all programs. Run again, it
+resumes where it stopped.
 
 From top to bottom: the stand-in, Ego4D, the sets of clips, the metric, floors and ceiling, the pyramid and its head,
 the runs, the table and its pictures.
@@ -59,7 +60,8 @@ PAPER = {
 KINDS = {
     "with next tokens": (True, "both"), "without": (True, "full"), "from scratch, with": (False, "both"),
 }  # fmt: skip
-# §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 20 minutes.
+# §3.2 for all other sizes. Not in the paper: epochs, peak rate, layer decay and batch of this fine-tuning. The first
+# three are §4.2's (probe.py), the batch is a guess; below them what suits `tiny` and 40 minutes.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"], "batch": 16}
 LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
 
@@ -69,6 +71,8 @@ LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP
 # more: the target is the first object on one of four rays from the hand, and top-5 forgives the wrong three, so that
 # who lists all four reaches 100, 24, 55 and 15 in the four columns (numbers of this stand-in, not of Ego4D). Noun can
 # show nothing of video, then; the others can, above that. The ceiling, which goes on with the motion, is 100 in all.
+# Not in the paper: how many frames, and how far apart. Here 8 at 3 a second, so that a way fits in; StillFast reads a
+# still of high resolution and 16 small frames of video, Toto at --data as many frames as it was pre-trained with.
 SIDE, FPS, N_OBJECTS = 6, 3, 12  # cells of the board a side; frames a second
 NOUNS = ("ring", "cross", "wedge", "bars")  # the shape that each cell of an object shows, in one of three colours
 RING, CROSS, WEDGE, BARS = range(4)
@@ -243,10 +247,11 @@ def read_clip(path, numbers, resolution):
     return [seen[number] for number in numbers]
 
 
-def parse_annotation(entry, folder, sizes, counts, n_frames, resolution):
-    """One annotation -> data.Item of the F frames that end with its own, at StillFast's stride of 1.
+def parse_annotation(entry, folder, sizes, counts, n_frames, resolution, split):
+    """One annotation -> data.Item of the F frames that end with its own, or None where it has no object left.
 
-    Before the video's first frame there is that one. Boxes stay in pixels of the original.
+    Not in the paper: a stride of 1, as in StillFast. Before the video's first frame there is that one. Boxes stay in
+    pixels of the original. For training, objects whose box has no area are left out, as in StillFast.
     """
     size, stills = sizes[entry["video_id"]], folder / "frames" / entry["video_id"]
     clip, is_still = folder / "clips" / f"{entry['clip_uid']}.mp4", stills.is_dir()
@@ -255,10 +260,13 @@ def parse_annotation(entry, folder, sizes, counts, n_frames, resolution):
         raise ValueError(f"{last!r} is no number of a frame")
     if not is_still and not clip.is_file():
         raise ValueError(f"neither {stills} nor {clip} exists")
-    labels = {"objects": [parse_object(thing, size, counts) for thing in entry["objects"]], "size": list(size)}
+    objects = [parse_object(thing, size, counts) for thing in entry["objects"]]
+    has_area = lambda box: box[0] < box[2] and box[1] < box[3]
+    objects = [thing for thing in objects if split != "train" or has_area(thing["box"])]
+    labels = {"objects": objects, "size": list(size)}
     numbers = [max(last - i, 0) for i in reversed(range(n_frames))]
     frames = partial(read_stills, stills) if is_still else partial(read_clip, clip)
-    return data.Item(str(entry["uid"]), lambda: (labels, frames(numbers, resolution))), labels["objects"]
+    return data.Item(str(entry["uid"]), lambda: (labels, frames(numbers, resolution))) if objects else None
 
 
 def ego4d_shards(folder, split, n_frames, resolution):
@@ -267,13 +275,11 @@ def ego4d_shards(folder, split, n_frames, resolution):
     annotations, sizes, counts = read_annotations(path)
     for number, entry in enumerate(annotations):
         try:
-            item, objects = parse_annotation(entry, Path(folder), sizes, counts, n_frames, resolution)
+            item = parse_annotation(entry, Path(folder), sizes, counts, n_frames, resolution, split)
         except (KeyError, TypeError, ValueError) as error:
             words = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, annotation {number}: {words}") from None
-        if split == "train":  # as in StillFast: a box without an area teaches nothing
-            objects[:] = [o for o in objects if o["box"][0] < o["box"][2] and o["box"][1] < o["box"][3]]
-        items += [item] if objects else []
+        items += [item] if item else []
     if len(items) < 2:
         raise ValueError(f"{path}: has {len(items)} annotations with objects; two are needed at least")
     return shards_from(items), counts
@@ -636,7 +642,8 @@ def losses(answers, truths, size):
     }
 
 
-WEIGHTS = {"noun": 1.0, "box": 1.0, "verb": 0.1, "ttc": 0.5}  # StillFast's
+# StillFast's. Not in the paper: the box's, 1, since its loss is another one than StillFast's.
+WEIGHTS = {"noun": 1.0, "box": 1.0, "verb": 0.1, "ttc": 0.5}
 
 
 def suppress(boxes, scores, limit=0.5):
@@ -697,8 +704,9 @@ def is_tiny(config):
 
 
 def learn(model, head, clips, mode, seed, args, device, state, settings):
-    """§4.4: the task's losses through the whole trunk; with mode "both" the next-token loss beside them, weight 1.
+    """§4.4: the task's losses through the whole trunk; with mode "both" the next-token loss beside them.
 
+    Not in the paper: its weight, 1. Its gradient on the trunk is then far larger than those of the task's losses.
     The clips that a step sees follow from the seed alone: runs with and without the next-token loss see the same.
     """
     optimizer = probe.make_optimizer({"head": head}, model, SimpleNamespace(finetune=mode, lr=args.finetune_lr))

@@ -462,7 +462,11 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     out = run(command(tokenizer, tmp_path / "one", "--clips", 20, "--seeds", 2)).stdout
     assert "Toto-large                  15.2 " in out and "ceiling: the hand goes on" in out
-    assert "overall          " in out and ("holds" in out or "cannot tell" in out)
+    gains = json.loads((tmp_path / "one/table9.json").read_text())["gain"]
+    for column, (mean, low, high) in gains.items():
+        verdict = "cannot tell" if low <= 0 <= high else "holds" if low > 0 else "does not hold"
+        assert f"\n{column:<16}{mean:5.1f} ({low:.1f} to {high:.1f}): {verdict}\n" in out
+    assert list(gains) == list(table9.COLUMNS)
 
     stops = []
 
@@ -520,9 +524,9 @@ def shards_for(monkeypatch, *words, **changes):
     return table9.shards_of(args)
 
 
-def test_what_the_stand_in_cannot_draw(monkeypatch, tmp_path):
+def test_what_the_stand_in_cannot_draw(monkeypatch):
     """Too few frames to tell that a hand speeds up, and sides that its cells do not divide: one line each."""
-    with pytest.raises(ValueError, match="^--checkpoint m.pt: its frames are 6: the stand-in needs 7 at least; give an"):
+    with pytest.raises(ValueError, match="^--checkpoint m.pt: its frames are 6: the stand-in needs 7 at least; give"):
         shards_for(monkeypatch, checkpoint="m.pt", frames=6)
     with pytest.raises(ValueError, match="^--checkpoint m.pt: its resolution 128: .* 48; give another model, or Ego4D"):
         shards_for(monkeypatch, checkpoint="m.pt", resolution=128)
@@ -622,6 +626,34 @@ def test_a_finished_run_of_other_weights_or_clips_is_refused(tokenizer, tmp_path
     args.frames = 7
     with pytest.raises(ValueError, match="without-0.json: its frames is 8, here it is 7"):
         small_run(args, sets, tokenizer, small_checkpoint(tokenizer, path))
+
+
+def test_paired_runs_see_the_same(tokenizer, tmp_path, monkeypatch):
+    """Runs of one seed begin with the same head, and those of one trunk with that; all see the same clips in order."""
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    args, sets = small_sets(tokenizer, tmp_path)
+    path, seen, learn = small_checkpoint(tokenizer, tmp_path / "model/toto.pt"), {}, table9.learn
+    step = probe.fine_tuned_features
+
+    def watch(model, head, *more):
+        copies = [[p.detach().clone() for p in part.parameters()] for part in (head, model)]
+        seen[kind] = {"head": copies[0], "trunk": copies[1], "clips": []}
+        learn(model, head, *more)
+
+    def features(model, ids, *more, **how):
+        seen[kind]["clips"].append(ids)
+        return step(model, ids, *more, **how)
+
+    monkeypatch.setattr(table9, "learn", watch)
+    monkeypatch.setattr(probe, "fine_tuned_features", features)
+    for kind in table9.KINDS:
+        small_run(args, sets, tokenizer, path, kind)
+    same = lambda a, b, what: all(torch.equal(x, y) for x, y in zip(seen[a][what], seen[b][what], strict=True))
+    with_, without, scratch = table9.KINDS
+    for other in (without, scratch):
+        assert same(with_, other, "head") and same(with_, other, "clips")
+    assert len(seen[with_]["clips"]) == 2 and not torch.equal(*seen[with_]["clips"])
+    assert same(with_, without, "trunk") and not same(with_, scratch, "trunk")
 
 
 def test_other_numbers_of_frames_in_the_same_folder(tokenizer, tmp_path, monkeypatch):
