@@ -14,8 +14,9 @@ the hand, lucky answers.
 --data holds fho_sta_train.json and fho_sta_val.json, and for each annotation the frames up to its own, as
 frames/VIDEO_ID/FRAME.jpg with seven digits (0001234.jpg), or else a clip as Ego4D publishes it, clips/CLIP_UID.mp4.
 
-Writes to --out: table9.json, table9.png, table9.gif, the tokenizer dvae.pt, the pre-trained toto.pt and the fine-tuned
-trunks, finetuned-KIND-SEED.pt, as checkpoints for all programs. Run again, it resumes where it stopped.
+Writes to --out: table9.json, table9.png, table9.gif, the tokenizer dvae.pt with its settings in dvae.json, the
+pre-trained toto.pt and the fine-tuned trunks, finetuned-KIND-SEED.pt, as checkpoints for all programs. Run again, it
+resumes where it stopped.
 
 From top to bottom: the stand-in, Ego4D, the sets of clips, the metric, floors and ceiling, the pyramid and its head,
 the runs, the table and its pictures.
@@ -25,9 +26,10 @@ Shape letters: B clips, F frames, R pixels a side, T tokens, D width, P places, 
 import json
 import math
 import sys
+import zlib
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +60,8 @@ PAPER = {
 KINDS = {
     "with next tokens": (True, "both"), "without": (True, "full"), "from scratch, with": (False, "both"),
 }  # fmt: skip
-# §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 20 minutes.
+# §3.2 for all other sizes. Not in the paper: epochs, peak rate, layer decay and batch of this fine-tuning. The first
+# three are §4.2's (probe.py), the batch is a guess; below them what suits `tiny` and 40 minutes.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"], "batch": 16}
 LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
 
@@ -68,6 +71,8 @@ LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 3, "finetune_lr": probe.LAPTOP
 # more: the target is the first object on one of four rays from the hand, and top-5 forgives the wrong three, so that
 # who lists all four reaches 100, 24, 55 and 15 in the four columns (numbers of this stand-in, not of Ego4D). Noun can
 # show nothing of video, then; the others can, above that. The ceiling, which goes on with the motion, is 100 in all.
+# Not in the paper: how many frames, and how far apart. Here 8 at 3 a second, so that a way fits in; StillFast reads a
+# still of high resolution and 16 small frames of video, Toto at --data as many frames as it was pre-trained with.
 SIDE, FPS, N_OBJECTS = 6, 3, 12  # cells of the board a side; frames a second
 NOUNS = ("ring", "cross", "wedge", "bars")  # the shape that each cell of an object shows, in one of three colours
 RING, CROSS, WEDGE, BARS = range(4)
@@ -77,6 +82,7 @@ STRAIGHT, TURN, SLOW, FAST = range(4)
 BOXES = ((1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3))
 SKIN, INK = (250, 205, 165), (20, 20, 30)
 LATEST = 9  # ttc in frames, at most
+MIN_FRAMES = 7  # in which all verbs can be told: an empty one, two whole stays where it speeds up (3 + 2), and one more
 
 
 def stays(verb, pace):
@@ -241,10 +247,11 @@ def read_clip(path, numbers, resolution):
     return [seen[number] for number in numbers]
 
 
-def parse_annotation(entry, folder, sizes, counts, n_frames, resolution):
-    """One annotation -> data.Item of the F frames that end with its own, at StillFast's stride of 1.
+def parse_annotation(entry, folder, sizes, counts, n_frames, resolution, split):
+    """One annotation -> data.Item of the F frames that end with its own, or None where it has no object left.
 
-    Before the video's first frame there is that one. Boxes stay in pixels of the original.
+    Not in the paper: a stride of 1, as in StillFast. Before the video's first frame there is that one. Boxes stay in
+    pixels of the original. For training, objects whose box has no area are left out, as in StillFast.
     """
     size, stills = sizes[entry["video_id"]], folder / "frames" / entry["video_id"]
     clip, is_still = folder / "clips" / f"{entry['clip_uid']}.mp4", stills.is_dir()
@@ -253,10 +260,13 @@ def parse_annotation(entry, folder, sizes, counts, n_frames, resolution):
         raise ValueError(f"{last!r} is no number of a frame")
     if not is_still and not clip.is_file():
         raise ValueError(f"neither {stills} nor {clip} exists")
-    labels = {"objects": [parse_object(thing, size, counts) for thing in entry["objects"]], "size": list(size)}
+    objects = [parse_object(thing, size, counts) for thing in entry["objects"]]
+    has_area = lambda box: box[0] < box[2] and box[1] < box[3]
+    objects = [thing for thing in objects if split != "train" or has_area(thing["box"])]
+    labels = {"objects": objects, "size": list(size)}
     numbers = [max(last - i, 0) for i in reversed(range(n_frames))]
     frames = partial(read_stills, stills) if is_still else partial(read_clip, clip)
-    return data.Item(str(entry["uid"]), lambda: (labels, frames(numbers, resolution))), labels["objects"]
+    return data.Item(str(entry["uid"]), lambda: (labels, frames(numbers, resolution))) if objects else None
 
 
 def ego4d_shards(folder, split, n_frames, resolution):
@@ -265,13 +275,11 @@ def ego4d_shards(folder, split, n_frames, resolution):
     annotations, sizes, counts = read_annotations(path)
     for number, entry in enumerate(annotations):
         try:
-            item, objects = parse_annotation(entry, Path(folder), sizes, counts, n_frames, resolution)
+            item = parse_annotation(entry, Path(folder), sizes, counts, n_frames, resolution, split)
         except (KeyError, TypeError, ValueError) as error:
             words = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, annotation {number}: {words}") from None
-        if split == "train":  # as in StillFast: a box without an area teaches nothing
-            objects[:] = [o for o in objects if o["box"][0] < o["box"][2] and o["box"][1] < o["box"][3]]
-        items += [item] if objects else []
+        items += [item] if item else []
     if len(items) < 2:
         raise ValueError(f"{path}: has {len(items)} annotations with objects; two are needed at least")
     return shards_from(items), counts
@@ -283,35 +291,67 @@ def shards_of(args):
     if args.data:
         shards, counts = zip(*(ego4d_shards(args.data, s, args.frames, args.resolution) for s in ("train", "val")))
         return dict(zip(("train", "val"), shards)), [max(pair) for pair in zip(*counts)]
+    given = f"--checkpoint {args.checkpoint}: its " if args.checkpoint else "--"
+    other = "another model, or Ego4D by --data" if args.checkpoint else "--resolution {}"
     if args.resolution % (8 * SIDE):
-        raise ValueError(f"--resolution {args.resolution}: the stand-in needs a multiple of {8 * SIDE}")
+        fits = math.ceil(args.resolution / (8 * SIDE)) * 8 * SIDE
+        words = f"the stand-in needs a multiple of {8 * SIDE}; give {other.format(fits)}"
+        raise ValueError(f"{given}resolution {args.resolution}: {words}")
+    if args.frames < MIN_FRAMES:
+        raise ValueError(f"{given}frames are {args.frames}: the stand-in needs {MIN_FRAMES} at least; give {other}")
     n_train = round(0.8 * args.clips)
     indices = {"train": range(n_train), "val": range(1_000_000, 1_000_000 + args.clips - n_train)}
     shards = {split: stand_in_shards(some, args.frames, args.resolution) for split, some in indices.items()}
     return shards, [len(NOUNS), len(VERBS)]
 
 
+def source_of(args, split):
+    """A name for a split's clips that changes with all they follow from: its annotations, or how they are drawn."""
+    if args.data:
+        content = (Path(args.data) / f"fho_sta_{split}.json").read_bytes()
+    else:  # the first clips stand for the program that draws them all
+        some = [reach_clip(index, args.frames, args.resolution) for index in range(8)]
+        content = json.dumps([args.clips, *(labels for labels, _ in some)]).encode()
+        content += b"".join(frames.tobytes() for _, frames in some)
+    return f"{Path(args.data or 'reach')}-{split}-{args.frames}-{zlib.crc32(content):08x}"
+
+
+def tokens_of(args, split, shards, tokenizer):
+    """A split's token folder, made if it is missing. Clips of another length or other labels have another folder."""
+    return data.tokenize_cached(source_of(args, split), shards, args.out / "tokens", tokenizer, args.resolution, 1)
+
+
 def make_tokenizer(args, shards, device):
     """--tokenizer, or the one in --out: a small dVAE, which is trained first, on the training clips, if it is missing.
 
-    It is not trained through dvae.train_on, which reads folders of media by centre crops.
+    It is not trained through dvae.train_on, which reads folders of media by centre crops. dvae.json beside it keeps
+    what it was trained on: with other settings it is refused.
     """
-    path, state = args.tokenizer or args.out / "dvae.pt", args.out / "dvae.pt.training"
-    if not path.exists() and args.tokenizer is None:
+    path, state, kept = args.tokenizer or args.out / "dvae.pt", args.out / "dvae.pt.training", args.out / "dvae.json"
+    items, settings = sum(shards, []), {"resolution": args.resolution, "seed": args.seed}
+    settings |= {"clips": len(items), "source": source_of(args, "train")}
+
+    def work():
         recipe = replace(dvae.LAPTOP, batch=math.lcm(dvae.LAPTOP.batch, data.world_size()))
-        items, settings = sum(shards, []), {"data": args.data, "resolution": args.resolution, "seed": args.seed}
         read_pool = lambda i: data.gather_frames(
             items, dvae.POOL, args.resolution, [args.seed, i, data.rank()], per_item=8, quiet=data.rank() > 0
         )
-        settings |= {"clips": len(items), "processes": data.world_size()}
-        how = args.seed, device, data.fast_dtype(device), state, settings
+        how = args.seed, device, data.fast_dtype(device), state, settings | {"processes": data.world_size()}
         model = dvae.train(read_pool, dvae.SMALL, recipe, *how)
         if data.rank() == 0:
+            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
+            dvae.draw_kept(model, examples, path.with_suffix(".png"))
             dvae.save(model, path)
             for file in (state, dvae.warm_start_file(state)):
                 file.unlink(missing_ok=True)
-            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
-            dvae.draw_kept(model, examples, path.with_suffix(".png"))
+
+    if args.tokenizer is None:
+        if path.exists() and not kept.exists():
+            words = f"{kept.name} is missing, which tells what it was trained on"
+            raise ValueError(f"{path}: {words}; remove it, or give it by --tokenizer")
+        if kept.exists() and not path.exists():
+            raise ValueError(f"{path}: is missing, although {kept} is there; remove that")
+        data.once(kept, settings, work)
     data.wait_for_all()
     return dvae.load(path, device, data.fast_dtype(device))
 
@@ -320,6 +360,10 @@ class Clips:
     """The clips of a token folder: ids (N, 1 + T) and, of each, the true objects; boxes in pixels of the original."""
 
     def __init__(self, tokens, n_frames):
+        for name, length in zip(tokens.names, tokens.length.tolist()):
+            if length != n_frames:
+                words = f"{length} frames, not {n_frames}; remove the folder, or give another --out"
+                raise ValueError(f"{tokens.folder}: clip {name} has {words}")
         codes = (tokens.codes(i, 0, n_frames) for i in range(len(tokens)))
         self.ids = torch.from_numpy(np.stack([data.to_sequence(c, True)[:-1].astype(np.int16) for c in codes]))
         self.names, self.grid = tokens.names, tokens.meta["grid"]
@@ -598,7 +642,8 @@ def losses(answers, truths, size):
     }
 
 
-WEIGHTS = {"noun": 1.0, "box": 1.0, "verb": 0.1, "ttc": 0.5}  # StillFast's
+# StillFast's. Not in the paper: the box's, 1, since its loss is another one than StillFast's.
+WEIGHTS = {"noun": 1.0, "box": 1.0, "verb": 0.1, "ttc": 0.5}
 
 
 def suppress(boxes, scores, limit=0.5):
@@ -626,7 +671,13 @@ def detections(answers, scale, n_best=50, n_kept=20):
 
 
 # The runs.
-def pre_train(args, tokens, tokenizer, device):
+def checksum(*contents):
+    """What a finished run's settings know of weights, ids and labels: names and numbers of steps alone may lie."""
+    as_bytes = lambda x: x.contiguous().numpy() if isinstance(x, torch.Tensor) else json.dumps(x).encode()
+    return reduce(lambda total, x: zlib.crc32(as_bytes(x), total), contents, 0)
+
+
+def pre_train(args, tokens, clips, tokenizer, device):
     """§3.2 on the training clips -> {"loss", …} of those held out among them; writes toto.pt."""
 
     def work(state, settings):
@@ -643,7 +694,8 @@ def pre_train(args, tokens, tokenizer, device):
             probe.save_finetuned(model, tokenizer, checkpoint, args, args.out / "toto.pt")
         return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
 
-    settings = {"tokenizer": tokenizer.fingerprint(), "clips": len(tokens), "seed": args.seed}
+    settings = {"tokenizer": tokenizer.fingerprint(), "clips": len(tokens), "seed": args.seed, "frames": args.frames}
+    settings |= {"contents": checksum(clips.ids)}
     return train.kept_run(args, "pre-training", settings, work)
 
 
@@ -652,8 +704,9 @@ def is_tiny(config):
 
 
 def learn(model, head, clips, mode, seed, args, device, state, settings):
-    """§4.4: the task's losses through the whole trunk; with mode "both" the next-token loss beside them, weight 1.
+    """§4.4: the task's losses through the whole trunk; with mode "both" the next-token loss beside them.
 
+    Not in the paper: its weight, 1. Its gradient on the trunk is then far larger than those of the task's losses.
     The clips that a step sees follow from the seed alone: runs with and without the next-token loss see the same.
     """
     optimizer = probe.make_optimizer({"head": head}, model, SimpleNamespace(finetune=mode, lr=args.finetune_lr))
@@ -722,6 +775,9 @@ def fine_tune(kind, seed, sets, counts, args, device):
     settings = {"checkpoint": str(args.checkpoint), "step": checkpoint["step"], "tokenizer": checkpoint["tokenizer"]}
     settings |= {"clips": [len(split.names) for split in sets.values()], "batch": args.batch, "seed": seed}
     settings |= {"kind": kind, "epochs": args.epochs, "finetune_lr": args.finetune_lr, "processes": data.world_size()}
+    contents = [part for split in sets.values() for part in (split.ids, split.labels)]
+    weights = [weight.float() for _, weight in sorted(checkpoint["model"].items())]
+    settings |= {"frames": args.frames, "contents": checksum(*contents, *weights)}
     return train.kept_run(args, name, settings, work)
 
 
@@ -863,16 +919,15 @@ def main():
     for name, value in (LAPTOP if is_tiny(config) else DEFAULTS).items():
         setattr(args, name, getattr(args, name, None) or value)
     shards, counts = shards_of(args)
-    tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
-    how = args.out / "tokens", tokenizer, args.resolution, 1
-    tokens = {split: data.tokenize_cached(f"{args.data or 'reach'}-{split}", shards[split], *how) for split in shards}
-    sets = {split: Clips(some, args.frames) for split, some in tokens.items()}
-    if min(args.batch, len(sets["train"].ids)) % data.world_size():
+    if min(args.batch, sum(map(len, shards["train"]))) % data.world_size():
         raise ValueError(f"--batch {args.batch}: {data.world_size()} processes cannot share it evenly")
+    tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
+    tokens = {split: tokens_of(args, split, shards[split], tokenizer) for split in shards}
+    sets = {split: Clips(some, args.frames) for split, some in tokens.items()}
 
     report = {"paper": PAPER, "clips": [len(some) for some in tokens.values()], "rows": {}}
     if not given:
-        report["pre-training"] = pre_train(args, tokens["train"], tokenizer, device)
+        report["pre-training"] = pre_train(args, tokens["train"], sets["train"], tokenizer, device)
         args.checkpoint, args.tokenizer = args.out / "toto.pt", None
     seeds, shown = range(args.seed, args.seed + args.seeds), {}
     runs = {(seed, kind): fine_tune(kind, seed, sets, counts, args, device) for seed in seeds for kind in KINDS}

@@ -462,7 +462,11 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     out = run(command(tokenizer, tmp_path / "one", "--clips", 20, "--seeds", 2)).stdout
     assert "Toto-large                  15.2 " in out and "ceiling: the hand goes on" in out
-    assert "overall          " in out and ("holds" in out or "cannot tell" in out)
+    gains = json.loads((tmp_path / "one/table9.json").read_text())["gain"]
+    for column, (mean, low, high) in gains.items():
+        verdict = "cannot tell" if low <= 0 <= high else "holds" if low > 0 else "does not hold"
+        assert f"\n{column:<16}{mean:5.1f} ({low:.1f} to {high:.1f}): {verdict}\n" in out
+    assert list(gains) == list(table9.COLUMNS)
 
     stops = []
 
@@ -508,7 +512,59 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
 def test_a_resolution_that_cells_do_not_divide(tokenizer, tmp_path):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     failed = run(command(tokenizer, tmp_path, "--resolution", 64), status=2)
-    assert failed.stderr.splitlines()[-1] == "error: --resolution 64: the stand-in needs a multiple of 48"
+    assert failed.stderr.splitlines()[-1] == (
+        "error: --resolution 64: the stand-in needs a multiple of 48; give --resolution 96"
+    )
+
+
+def shards_for(monkeypatch, *words, **changes):
+    monkeypatch.setattr(sys, "argv", ["table9", *words])
+    args = table9.parse_arguments()
+    vars(args).update({"resolution": 48, "frames": 8} | changes)
+    return table9.shards_of(args)
+
+
+def test_what_the_stand_in_cannot_draw(monkeypatch):
+    """Too few frames to tell that a hand speeds up, and sides that its cells do not divide: one line each."""
+    with pytest.raises(ValueError, match="^--checkpoint m.pt: its frames are 6: the stand-in needs 7 at least; give"):
+        shards_for(monkeypatch, checkpoint="m.pt", frames=6)
+    with pytest.raises(ValueError, match="^--checkpoint m.pt: its resolution 128: .* 48; give another model, or Ego4D"):
+        shards_for(monkeypatch, checkpoint="m.pt", resolution=128)
+    with pytest.raises(ValueError, match="^--resolution 128: .* of 48; give --resolution 144$"):
+        shards_for(monkeypatch, "--size", "base", resolution=128)
+    verbs = {table9.reach_clip(index, table9.MIN_FRAMES)[0]["objects"][0]["verb"] for index in range(30)}
+    assert verbs == set(range(4))  # the fewest frames can be drawn
+
+
+def test_a_batch_that_processes_cannot_share(tokenizer, tmp_path, monkeypatch):
+    """Said before a tokenizer is trained."""
+    pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
+    monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path, "--batch", 5, "--clips", 20))
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    monkeypatch.setattr(table9, "make_tokenizer", None)
+    with pytest.raises(ValueError, match="^--batch 5: 2 processes cannot share it evenly$"):
+        table9.main()
+
+
+def test_a_tokenizer_of_other_settings_is_refused(untrained_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    args, device, trained = table9.parse_arguments(), torch.device("cpu"), []
+    args.resolution, args.clips, args.frames, args.out = 48, 12, 8, tmp_path
+    monkeypatch.setattr(dvae, "train", lambda *inputs: trained.append(1) or untrained_tokenizer)
+    make = lambda: table9.make_tokenizer(args, table9.shards_of(args)[0]["train"], device).fingerprint()
+    assert make() == make() == untrained_tokenizer.fingerprint() and len(trained) == 1
+    args.resolution = 96
+    with pytest.raises(ValueError, match="dvae.json: its resolution is 48, here it is 96; remove it, or give another"):
+        make()
+    args.resolution = 48
+    (tmp_path / "dvae.json").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="dvae.pt: dvae.json is missing, .*; remove it, or give it by --tokenizer"):
+        make()
+    (tmp_path / "away").rename(tmp_path / "dvae.json")
+    (tmp_path / "dvae.pt").unlink()
+    with pytest.raises(ValueError, match="dvae.pt: is missing, although .*dvae.json is there; remove that"):
+        make()
+    assert len(trained) == 1
 
 
 def test_ego4d_with_a_checkpoint(ego4d, tokenizer, tmp_path, monkeypatch, capsys):
@@ -530,6 +586,96 @@ def test_ego4d_with_a_checkpoint(ego4d, tokenizer, tmp_path, monkeypatch, capsys
     (ego4d / "fho_sta_val.json").write_text("[]")
     failed = run(words, status=2)
     assert failed.stderr.splitlines()[-1].startswith("error: ") and "fho_sta_val.json" in failed.stderr
+
+
+def small_sets(tokenizer, out, clips=12, frames=8):
+    """(args, sets of clips of the stand-in) without a program around them."""
+    args = table9.parse_arguments()
+    args.resolution, args.clips, args.frames, args.out = 48, clips, frames, out
+    shards, _ = table9.shards_of(args)
+    tokens = {split: table9.tokens_of(args, split, some, dvae.load(tokenizer)) for split, some in shards.items()}
+    return args, {split: table9.Clips(some, frames) for split, some in tokens.items()}
+
+
+def small_checkpoint(tokenizer, path, seed=0):
+    torch.manual_seed(seed)
+    model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=4, hidden=64, vocab_size=36))
+    checkpoint = {"step": 1, "tokenizer": dvae.load(tokenizer).fingerprint(), "stride": 1, "frames": 8}
+    probe.save_finetuned(model, dvae.load(tokenizer), checkpoint, SimpleNamespace(resolution=48), path)
+    return path
+
+
+def small_run(args, sets, tokenizer, path, kind="without"):
+    args.checkpoint, args.tokenizer, args.epochs, args.finetune_lr, args.batch = path, tokenizer, 1, 1e-3, 5
+    return table9.fine_tune(kind, 0, sets, [4, 4], args, torch.device("cpu"))
+
+
+def test_a_finished_run_of_other_weights_or_clips_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    args, sets = small_sets(tokenizer, tmp_path)
+    path = small_checkpoint(tokenizer, tmp_path / "model/toto.pt")
+    first = small_run(args, sets, tokenizer, path)
+    monkeypatch.setattr(table9, "learn", None)  # nothing is learned again
+    assert small_run(args, sets, tokenizer, path) == first
+    sets["val"].labels[0]["objects"][0]["ttc"] += 0.1
+    with pytest.raises(ValueError, match="runs/without-0.json: its contents is .*; remove it, or give another --out"):
+        small_run(args, sets, tokenizer, path)
+    sets["val"].labels[0]["objects"][0]["ttc"] -= 0.1
+    with pytest.raises(ValueError, match="without-0.json: its contents is"):  # the same path and step
+        small_run(args, sets, tokenizer, small_checkpoint(tokenizer, path, seed=1))
+    args.frames = 7
+    with pytest.raises(ValueError, match="without-0.json: its frames is 8, here it is 7"):
+        small_run(args, sets, tokenizer, small_checkpoint(tokenizer, path))
+
+
+def test_paired_runs_see_the_same(tokenizer, tmp_path, monkeypatch):
+    """Runs of one seed begin with the same head, and those of one trunk with that; all see the same clips in order."""
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    args, sets = small_sets(tokenizer, tmp_path)
+    path, seen, learn = small_checkpoint(tokenizer, tmp_path / "model/toto.pt"), {}, table9.learn
+    step = probe.fine_tuned_features
+
+    def watch(model, head, *more):
+        copies = [[p.detach().clone() for p in part.parameters()] for part in (head, model)]
+        seen[kind] = {"head": copies[0], "trunk": copies[1], "clips": []}
+        learn(model, head, *more)
+
+    def features(model, ids, *more, **how):
+        seen[kind]["clips"].append(ids)
+        return step(model, ids, *more, **how)
+
+    monkeypatch.setattr(table9, "learn", watch)
+    monkeypatch.setattr(probe, "fine_tuned_features", features)
+    for kind in table9.KINDS:
+        small_run(args, sets, tokenizer, path, kind)
+    same = lambda a, b, what: all(torch.equal(x, y) for x, y in zip(seen[a][what], seen[b][what], strict=True))
+    with_, without, scratch = table9.KINDS
+    for other in (without, scratch):
+        assert same(with_, other, "head") and same(with_, other, "clips")
+    assert len(seen[with_]["clips"]) == 2 and not torch.equal(*seen[with_]["clips"])
+    assert same(with_, without, "trunk") and not same(with_, scratch, "trunk")
+
+
+def test_other_numbers_of_frames_in_the_same_folder(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table9"])
+    folders = set()
+    for frames in (8, 7, 16, 8):
+        args, sets = small_sets(tokenizer, tmp_path, frames=frames)
+        folders = set((tmp_path / "tokens").iterdir())
+        expected = [table9.reach_clip(index, frames)[0] for index in range(len(sets["train"].ids))]
+        assert sets["train"].labels == json.loads(json.dumps(expected)) and len(sets["train"].ids) == 10
+        assert sets["train"].ids.shape[1] == 1 + frames * 36
+    assert len(folders) == 6
+    tokens = data.Tokens(next(folder for folder in folders if "train-16" in folder.name))
+    with pytest.raises(ValueError, match=r"train-16-.*: clip reach/0000000 has 16 frames, not 8; remove the folder"):
+        table9.Clips(tokens, 8)
+
+
+def test_changed_annotations_are_other_clips(ego4d):
+    args = SimpleNamespace(data=ego4d, frames=8)
+    before = table9.source_of(args, "val")
+    change(ego4d, lambda c: c["annotations"][0]["objects"][0].update(time_to_contact=0.7))
+    assert table9.source_of(args, "val") != before and before.startswith(f"{ego4d}-val-8-")
 
 
 def test_the_loss_with_and_without_next_tokens():
