@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,13 +414,15 @@ def trunk(tmp_path, untrained_tokenizer):
     return tmp_path / "trunk/toto.pt"
 
 
-FEW = "--task carry --episodes 2 --wave 2 --rounds 1 --trajectories 2 3 --trials 3 --policy-steps 20 --seeds 2".split()
+FEW = "--task carry --episodes 2 --wave 2 --rounds 1 --trajectories 2 3 --trials 2 --policy-steps 20 --seeds 2".split()
 
 
 def test_the_program(trunk, tmp_path, monkeypatch, capsys):
     """A run, a second one that finds everything there, and others that ask for something else."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     monkeypatch.setattr(figure6, "Simulators", lambda resolution, n: Here(resolution))  # those of processes: above
+    monkeypatch.setitem(figure6.HORIZON, "carry", 26)  # as long as an expert needs
+    monkeypatch.setattr(figure6, "measure_speed", partial(figure6.measure_speed, n_steps=3))
     words = [*FEW, "--checkpoint", str(trunk), "--out", str(tmp_path / "out")]
     start = lambda *more: (monkeypatch.setattr(sys, "argv", ["figure6_robots.py", *words, *more]), figure6.main())
     start()
@@ -427,7 +430,7 @@ def test_the_program(trunk, tmp_path, monkeypatch, capsys):
     report = json.loads((folder / "figure6.json").read_text())
     eyes = ["Toto", "untrained", "raw pixels", "proprioception alone", "true state"]
     assert list(report["dagger"]) == eyes == list(report["cloning"]) and list(report["layers"]) == list("01234")
-    assert np.shape(report["dagger"]["Toto"]) == (2, 1, 2) and np.shape(report["cloning"]["Toto"]["3"]) == (3,)
+    assert np.shape(report["dagger"]["Toto"]) == (2, 1, 2) and np.shape(report["cloning"]["Toto"]["3"]) == (2,)
     assert report["expert"] == [4, 4] and report["layer"] == 2
     assert report["layers"]["2"] == report["cloning"]["Toto"]["2"]
     assert "Toto-base (real robot)  240 trajectories: 63 %" in printed and "frames a second" in printed
