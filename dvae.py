@@ -297,6 +297,21 @@ def load_trained(checkpoint_path, tokenizer_path, device, rope_base=None):
     return toto.from_checkpoint(checkpoint, device, dtype), tokenizer, checkpoint
 
 
+def save_trained(model, tokenizer, checkpoint, resolution, path):
+    """A model that was trained or fine-tuned elsewhere, as a checkpoint for all programs, with its tokenizer beside it.
+
+    `checkpoint` says what it came from; train.py takes the file by --init-from.
+    """
+    plan = {"tokenizer": checkpoint["tokenizer"], "grid": tokenizer.grid(resolution), "frames": checkpoint["frames"]}
+    weights = {name: p.cpu() for name, p in model.state_dict().items()}
+    changed = {"model": weights, "optimizer": {}, "config": asdict(model.config), "resolution": resolution}
+    with data.atomic_open(path) as file:
+        torch.save(checkpoint | changed | {"plan": plan}, file)
+    if not path.with_name("dvae.pt").exists():
+        save(tokenizer, path.with_name("dvae.pt"))
+    print(f"wrote {path}")
+
+
 class Inert:
     """Stands in for every class that OpenAI's files mention: it holds what is unpickled into it and does nothing."""
 

@@ -20,7 +20,6 @@ import argparse
 import math
 import re
 import zlib
-from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 
@@ -411,20 +410,6 @@ def train_heads(heads, features, split, settings, path, args, device, model=None
         model.requires_grad_(False)
 
 
-def save_finetuned(model, tokenizer, checkpoint, args, path):
-    """The trunk as a checkpoint for all programs, with the tokenizer beside it; train.py takes it by --init-from."""
-    resolution = args.resolution or checkpoint["resolution"]
-    grid = tokenizer.grid(resolution)
-    plan = {"tokenizer": checkpoint["tokenizer"], "grid": grid, "frames": checkpoint["frames"]}
-    weights = {name: p.cpu() for name, p in model.state_dict().items()}
-    changed = {"model": weights, "optimizer": {}, "config": asdict(model.config), "resolution": resolution}
-    with data.atomic_open(path) as file:
-        torch.save(checkpoint | changed | {"plan": plan}, file)
-    if not path.with_name("dvae.pt").exists():
-        dvae.save(tokenizer, path.with_name("dvae.pt"))
-    print(f"wrote {path}")
-
-
 # Evaluation.
 @torch.no_grad()
 def evaluate(heads, features, split, args, device):
@@ -665,9 +650,9 @@ def main():
     report, asked = {"runs": {}, "accuracy": []}, {name: getattr(args, name) for name in PAPER}
     for path in args.checkpoint:
         model, tokenizer, checkpoint = dvae.load_trained(path, args.tokenizer, device, args.rope_base)
-        config, tiny = model.config, toto.SIZES["tiny"]
         # Each model has its own defaults and its own layers; flags that were given hold for all.
-        for name, default in (LAPTOP if (config.dim, config.n_layers) == (tiny.dim, tiny.n_layers) else PAPER).items():
+        config = model.config
+        for name, default in (LAPTOP if toto.is_tiny(config) else PAPER).items():
             setattr(args, name, asked[name] or default)
         layers = parse_layers(args.layer, config.n_layers)
         if args.finetune in ("full", "both") and (len(layers) > 1 or len(args.pool) > 1):
@@ -695,7 +680,8 @@ def main():
             state = args.out / f"probe{suffix}"
             results, report["runs"][name] = probe_run(name, *run, sets, args, device, checkpoint, state)
             if args.finetune and data.rank() == 0:
-                save_finetuned(model, tokenizer, checkpoint, args, args.out / f"finetuned{suffix}")
+                path, resolution = args.out / f"finetuned{suffix}", args.resolution or checkpoint["resolution"]
+                dvae.save_trained(model, tokenizer, checkpoint, resolution, path)
             for (task, pool, l), r in results.items():
                 row = {"model": name, "task": task, "pool": pool, "layer": l, "top1": r["top1"]}
                 report["accuracy"].append(row | {"interval": r["interval"]})

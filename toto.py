@@ -73,6 +73,11 @@ SIZES = {
 }
 
 
+def is_tiny(config):
+    """Whether a model is `tiny`, whatever its vocabulary and its RoPE's base: its defaults are a laptop's."""
+    return (config.dim, config.n_layers) == (SIZES["tiny"].dim, SIZES["tiny"].n_layers)
+
+
 class Linear(nn.Linear):
     """A bias-free matrix, stored in float32 for the optimizer, that multiplies in the dtype of its input.
 

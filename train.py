@@ -23,8 +23,10 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -717,6 +719,110 @@ def parse_study(parser, out, steps):
             raise ValueError(f"{folder}: no such folder; --probe needs train/<class>/* and val/<class>/*")
     args.compile, args.shard, args.recompute, args.stride = False, False, False, 4
     return args
+
+
+def parse_task(description, data_help, out, paper, laptop, clips, seeds, more=lambda add: None):
+    """The arguments of a script of paper/ that pre-trains on clips of its task and then fine-tunes (Tables 9 and 12).
+
+    `paper` and `laptop` hold the defaults that follow from the model (None until `open_task`); `more` adds flags.
+    """
+    parser = data.make_parser(description)
+    add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
+    about = lambda name: f"(default: {paper[name]:,}, or {laptop[name]:,} for tiny)"
+    add("--data", help=data_help)
+    add("--checkpoint", type=Path, help="a model of train.py (default: one is pre-trained on the training clips)")
+    add("--tokenizer", type=Path, help="its tokenizer (default: dvae.pt beside it, or in --out, trained if missing)")
+    add("--size", default="tiny", choices=toto.SIZES, help="of the model to pre-train; §4.4 and §4.7 have large")
+    add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
+    add("--clips", type=data.number(int, at_least=10), default=clips, help="of the stand-in, most of them for training")
+    add("--steps", type=count, help=f"of pre-training {about('steps')}")
+    add("--batch-tokens", type=count, help=f"tokens in a step of it, of all processes {about('batch_tokens')}")
+    add("--micro-batch", type=count, default=4, help="sequences in one forward pass of it, in one process")
+    add("--lr", type=positive, help=f"peak rate of it {about('lr')}")
+    add("--epochs", type=count, help=f"of fine-tuning {about('epochs')}")
+    add("--finetune-lr", type=positive, help=f"peak rate of it {about('finetune_lr')}")
+    add("--batch", type=count, help=f"clips in a step of fine-tuning, over all processes {about('batch')}")
+    add("--seeds", type=count, default=seeds, help="fine-tunings of each kind, from --seed on")
+    add("--out", default=out, type=data.output_folder, help="folder for results, models and cached tokens")
+    more(add)
+    args = parser.parse_args()
+    args.compile, args.shard, args.recompute, args.probe = False, False, False, None
+    return args
+
+
+def open_task(args, paper, laptop, keep=("resolution",)):
+    """-> (device, tokenizer or None): starts processes, and fills in what --checkpoint or its size decide."""
+    device, tokenizer, config = data.pick_device(args.device), None, toto.SIZES[args.size]
+    data.start_processes(device)
+    if args.checkpoint:
+        _, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
+        config = checkpoint["config"]
+        vars(args).update({key: checkpoint[key] for key in keep})
+    for name, value in (laptop if toto.is_tiny(config) else paper).items():
+        setattr(args, name, getattr(args, name, None) or value)
+    return device, tokenizer
+
+
+def tokenizer_of_clips(args, items, source, device):
+    """--tokenizer, or dvae.pt in --out: a small dVAE, which is trained first, on the data.Items, if it is missing.
+
+    Not by dvae.train_on, which reads folders of media. dvae.json beside it keeps what it was trained on, with `source`
+    for what the items' contents follow from: with other settings it is refused.
+    """
+    path, state, kept = args.tokenizer or args.out / "dvae.pt", args.out / "dvae.pt.training", args.out / "dvae.json"
+    settings = {"resolution": args.resolution, "seed": args.seed, "clips": len(items), "source": source}
+
+    def work():
+        recipe = replace(dvae.LAPTOP, batch=math.lcm(dvae.LAPTOP.batch, data.world_size()))
+        read_pool = lambda i: data.gather_frames(
+            items, dvae.POOL, args.resolution, [args.seed, i, data.rank()], per_item=32, quiet=data.rank() > 0
+        )
+        how = args.seed, device, data.fast_dtype(device), state, settings | {"processes": data.world_size()}
+        model = dvae.train(read_pool, dvae.SMALL, recipe, *how)
+        if data.rank() == 0:
+            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
+            dvae.draw_kept(model, examples, path.with_suffix(".png"))
+            dvae.save(model, path)
+            for file in (state, dvae.warm_start_file(state)):
+                file.unlink(missing_ok=True)
+
+    if args.tokenizer is None:
+        if path.exists() and not kept.exists():
+            words = f"{kept.name} is missing, which tells what it was trained on"
+            raise ValueError(f"{path}: {words}; remove it, or give it by --tokenizer")
+        if kept.exists() and not path.exists():
+            raise ValueError(f"{path}: is missing, although {kept} is there; remove that")
+        data.once(kept, settings, work)
+    data.wait_for_all()
+    return dvae.load(path, device, data.fast_dtype(device))
+
+
+def pre_train(args, source, tokenizer, device):
+    """§3.2 on the clips of a token folder -> {"loss", …} of those held out among them; writes toto.pt to --out.
+
+    `source` makes a data.Source of them, of the training clips or, with held_out=True, of the others.
+    """
+    training = source()
+    grid = training.tokens.meta["grid"]
+
+    def work(state, settings):
+        torch.manual_seed(args.seed)
+        config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + tokenizer.config.vocab_size)
+        model = toto.Toto(config, data.fast_dtype(device)).to(device)
+        n_sequences = sequences_in_a_step(args, math.prod(grid), data.world_size())
+        run = argparse.Namespace(n_sequences=n_sequences, mixture=data.Mixture([training], [1.0], args.seed))
+        fit(model, lambda i: read_batch(run, i, device), args, device, state, settings, "pre-training")
+        result = evaluate(model, {"clips": source(held_out=True)}, args.micro_batch, device)["clips"]
+        if data.rank() == 0:
+            checkpoint = {"step": args.steps, "tokenizer": tokenizer.fingerprint(), "stride": 1}
+            checkpoint |= {"frames": training.n_frames}
+            dvae.save_trained(model, tokenizer, checkpoint, args.resolution, args.out / "toto.pt")
+        return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
+
+    codes = (training.tokens.codes(i) for i in range(len(training.tokens)))
+    contents = reduce(lambda total, c: zlib.crc32(np.ascontiguousarray(c), total), codes, 0)
+    settings = {"tokenizer": tokenizer.fingerprint(), "contents": contents, "frames": training.n_frames}
+    return kept_run(args, "pre-training", settings | {"seed": args.seed}, work)
 
 
 def kept_run(args, name, settings, work):

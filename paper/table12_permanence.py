@@ -44,8 +44,8 @@ PAPER = {"V3D ResNet": (55.2, 69.7), "TFC V3D ResNet": (54.6, 70.2), "Toto-large
 FRAMES = (16, 32)
 SIDE, CELLS = 6, 36
 # §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 15 minutes.
-DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"]}
-LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 2, "finetune_lr": probe.LAPTOP["lr"]}
+DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"], "batch": 8}
+LAPTOP = train.LAPTOP | {"steps": 1500, "epochs": 2, "finetune_lr": probe.LAPTOP["lr"], "batch": 8}
 
 
 # The stand-in for CATER: its objects and actions, drawn plainly. The ground is [-3, 3) x [-3, 3), y points to us.
@@ -238,31 +238,6 @@ def shards_of(args, split):
     return stand_in_shards(range(first, first + n_clips), args.resolution)
 
 
-def make_tokenizer(args, shards, device):
-    """--tokenizer, or the one in --out: a small dVAE, which is trained first, on the training clips, if it is missing.
-
-    It is not trained through dvae.train_on, which reads folders of media by centre crops.
-    """
-    path, state = args.tokenizer or args.out / "dvae.pt", args.out / "dvae.pt.training"
-    if not path.exists() and args.tokenizer is None:
-        recipe = replace(dvae.LAPTOP, batch=math.lcm(dvae.LAPTOP.batch, data.world_size()))
-        items, settings = sum(shards, []), {"data": args.data, "resolution": args.resolution, "seed": args.seed}
-        read_pool = lambda i: data.gather_frames(
-            items, dvae.POOL, args.resolution, [args.seed, i, data.rank()], per_item=32, quiet=data.rank() > 0
-        )
-        settings |= {"clips": len(items), "processes": data.world_size()}
-        how = args.seed, device, data.fast_dtype(device), state, settings
-        model = dvae.train(read_pool, dvae.SMALL, recipe, *how)
-        if data.rank() == 0:
-            dvae.save(model, path)
-            for file in (state, dvae.warm_start_file(state)):
-                file.unlink(missing_ok=True)
-            examples = data.gather_frames(items[:8], 8, args.resolution, per_item=1, quiet=True)
-            dvae.draw_kept(model, examples, path.with_suffix(".png"))
-    data.wait_for_all()
-    return dvae.load(path, device, data.fast_dtype(device))
-
-
 def labelled(tokens, n_frames):
     """The clips of a token folder at 16 or 32 frames, as what probe.py trains heads on; all 36 cells are classes."""
     split, step = probe.ProbeSet(tokens, max(FRAMES), classes=None), max(FRAMES) // n_frames
@@ -379,39 +354,11 @@ def make_heads(config, layers, sets, seed, device):
     return heads
 
 
-def pre_train(args, sets, tokenizer, device):
-    """§3.2 on the training clips, 16 frames at a time -> {"loss", …} of those held out among them; writes toto.pt."""
-    tokens, vocab_size = sets["train"], toto.FIRST_CODE + tokenizer.config.vocab_size
-    args = SimpleNamespace(**vars(args) | {"frames": min(FRAMES)})
-    # Every second frame: the even ones in one pass, the odd ones, which the task has, in the next.
-    source = partial(data.Source, tokens, args.frames, step=max(FRAMES) // args.frames)
-
-    def work(state, settings):
-        torch.manual_seed(args.seed)
-        config = replace(toto.SIZES[args.size], vocab_size=vocab_size)
-        model = toto.Toto(config, data.fast_dtype(device)).to(device)
-        n_sequences = train.sequences_in_a_step(args, math.prod(tokens.meta["grid"]), data.world_size())
-        of_run = SimpleNamespace(n_sequences=n_sequences, mixture=data.Mixture([source()], [1.0], args.seed))
-        train.fit(model, lambda i: train.read_batch(of_run, i, device), args, device, state, settings, "pre-training")
-        result = train.evaluate(model, {"clips": source(held_out=True)}, args.micro_batch, device)["clips"]
-        if data.rank() == 0:
-            checkpoint = {"step": args.steps, "tokenizer": tokenizer.fingerprint(), "stride": 1, "frames": args.frames}
-            probe.save_finetuned(model, tokenizer, checkpoint, args, args.out / "toto.pt")
-        return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
-
-    settings = {"tokenizer": tokenizer.fingerprint(), "clips": len(tokens), "seed": args.seed}
-    return train.kept_run(args, "pre-training", settings, work)
-
-
-def is_tiny(config):
-    return (config.dim, config.n_layers) == (toto.SIZES["tiny"].dim, toto.SIZES["tiny"].n_layers)
-
-
 def rope_base(config, n_frames):
     """§4.2's 50,000 for longer contexts than those of pre-training. Not in the paper: for `tiny`, five times its 20."""
     if n_frames == min(FRAMES):
         return config.rope_base
-    return 5 * config.rope_base if is_tiny(config) else 50_000.0
+    return 5 * config.rope_base if toto.is_tiny(config) else 50_000.0
 
 
 def settings_of(args, sets):
@@ -444,7 +391,7 @@ def fine_tune(name, n_frames, seed, sets, args, device):
         ranked = rank_cells(model, head, val, args, device)
         if name == "pre-trained" and data.rank() == 0:
             path = args.out / f"finetuned-{n_frames}-{seed}.pt"
-            probe.save_finetuned(model, tokenizer, checkpoint | {"frames": n_frames}, args, path)
+            dvae.save_trained(model, tokenizer, checkpoint | {"frames": n_frames}, args.resolution, path)
         shown = {clip: int(ranked[val.names.index(clip), 0]) for clip in shown_clips(sets["val"])}
         result = {"scores": scores(ranked, sets["val"]), "shown": shown}
         return result | {"permanence": permanence(ranked, sets["val"], n_frames)}
@@ -462,7 +409,7 @@ def sweep_layers(sets, args, device):
 
     def work(state, settings):
         model, _, _ = dvae.load_trained(args.checkpoint, args.tokenizer, device)
-        how.lr = (probe.LAPTOP if is_tiny(model.config) else probe.PAPER)["lr"]
+        how.lr = (probe.LAPTOP if toto.is_tiny(model.config) else probe.PAPER)["lr"]
         layers = range(model.config.n_layers + 1)
         first, val = (labelled(sets[split], min(FRAMES)) for split in ("train", "val"))
         heads = make_heads(model.config, layers, sets, args.seed, device)
@@ -576,49 +523,28 @@ def draw(plt, report, picture, path, args):
 
 # The program.
 def parse_arguments():
-    parser = data.make_parser("Table 12: object permanence. Run again, it resumes.")
-    add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
-    about = lambda name: f"(default: {DEFAULTS[name]:,}, or {LAPTOP[name]:,} for tiny)"
-    add("--data", help="CATER's folder, with videos/ and lists/localize/ (default: a stand-in that is drawn here)")
-    add("--checkpoint", type=Path, help="a model of train.py (default: one is pre-trained on the training clips)")
-    add("--tokenizer", type=Path, help="its tokenizer (default: dvae.pt beside it, or in --out, trained if missing)")
-    add("--size", default="tiny", choices=toto.SIZES, help="of the model to pre-train; §4.7 has large")
-    add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
-    add("--clips", type=data.number(int, at_least=8), default=1600, help="of the stand-in, 70 %% of them for training")
-    add("--steps", type=count, help=f"of pre-training {about('steps')}")
-    add("--batch-tokens", type=count, help=f"tokens in a step of it, of all processes {about('batch_tokens')}")
-    add("--micro-batch", type=count, default=4, help="sequences in one forward pass of it, in one process")
-    add("--lr", type=positive, help=f"peak rate of it {about('lr')}")
-    add("--epochs", type=count, help=f"of fine-tuning {about('epochs')}")
-    add("--finetune-lr", type=positive, help=f"peak rate of it {about('finetune_lr')}")
-    add("--probe-epochs", type=count, default=20, help="of the probes of each layer")
-    add("--batch", type=count, default=8, help="clips in a step of fine-tuning and probing, over all processes")
-    add("--seeds", type=count, default=1, help="fine-tunings of each kind, from --seed on")
-    add("--out", default="out/table12", type=data.output_folder, help="folder for results, models and cached tokens")
-    args = parser.parse_args()
-    args.compile, args.shard, args.recompute, args.probe = False, False, False, None
-    return args
+    words = "CATER's folder, with videos/ and lists/localize/ (default: a stand-in that is drawn here)"
+    more = lambda add: add("--probe-epochs", type=data.number(int, at_least=1), default=20, help="of the layers' probes")
+    title = "Table 12: object permanence. Run again, it resumes."
+    return train.parse_task(title, words, "out/table12", DEFAULTS, LAPTOP, clips=1600, seeds=1, more=more)
 
 
 def main():
     args, plt = parse_arguments(), data.pyplot()
-    device = data.pick_device(args.device)
-    data.start_processes(device)
-    config, tokenizer, given = toto.SIZES[args.size], None, args.checkpoint
-    if given:
-        _, tokenizer, checkpoint = dvae.load_trained(given, args.tokenizer, device)
-        config, args.resolution = checkpoint["config"], checkpoint["resolution"]
-    for name, value in (LAPTOP if is_tiny(config) else DEFAULTS).items():
-        setattr(args, name, getattr(args, name, None) or value)
+    given = args.checkpoint
+    device, tokenizer = train.open_task(args, DEFAULTS, LAPTOP)
     shards = {split: shards_of(args, split) for split in ("train", "val")}
-    tokenizer = tokenizer or make_tokenizer(args, shards["train"], device)
+    if tokenizer is None:
+        tokenizer = train.tokenizer_of_clips(args, sum(shards["train"], []), args.data or "cups", device)
     how = args.out / "tokens", tokenizer, args.resolution, 1
     sets = {split: data.tokenize_cached(f"{args.data or 'cups'}-{split}", shards[split], *how) for split in shards}
 
     report = {"paper": PAPER, "clips": [len(tokens) for tokens in sets.values()]}
     report["endings"] = {name: int(which.sum()) for name, which in endings(sets["val"]).items()}
     if not given:
-        report["pre-training"] = pre_train(args, sets, tokenizer, device)
+        # Every second frame: the even ones in one pass, the odd ones, which the task has, in the next.
+        source = partial(data.Source, sets["train"], min(FRAMES), step=max(FRAMES) // min(FRAMES))
+        report["pre-training"] = train.pre_train(args, source, tokenizer, device)
         args.checkpoint, args.tokenizer = args.out / "toto.pt", None
     report |= {"rows": {}, "permanence": {}}
     for n_frames in FRAMES:

@@ -410,7 +410,7 @@ def trunk(tmp_path, untrained_tokenizer):
     model = toto.Toto(replace(toto.SIZES["tiny"], vocab_size=toto.FIRST_CODE + 32))
     args = SimpleNamespace(resolution=64)
     checkpoint = {"step": 7, "tokenizer": untrained_tokenizer.fingerprint(), "stride": 2, "frames": 8}
-    probe.save_finetuned(model, untrained_tokenizer, checkpoint, args, tmp_path / "trunk/toto.pt")
+    dvae.save_trained(model, untrained_tokenizer, checkpoint, args.resolution, tmp_path / "trunk/toto.pt")
     return tmp_path / "trunk/toto.pt"
 
 

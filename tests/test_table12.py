@@ -365,7 +365,7 @@ def test_cater_with_a_checkpoint(cater, tokenizer, tmp_path, monkeypatch, capsys
     model = toto.Toto(toto.Config(dim=32, n_heads=2, n_layers=1, hidden=64, vocab_size=36))
     checkpoint = {"step": 1, "tokenizer": dvae.load(tokenizer).fingerprint(), "stride": 4, "frames": 16}
     args = SimpleNamespace(resolution=16)
-    probe.save_finetuned(model, dvae.load(tokenizer), checkpoint, args, tmp_path / "model/toto.pt")
+    dvae.save_trained(model, dvae.load(tokenizer), checkpoint, args.resolution, tmp_path / "model/toto.pt")
     shutil.copytree(cater, tmp_path / "cater")
     (tmp_path / "cater/videos/CATER_new_000003.avi").write_bytes(b"no video")
     words = ["--data", tmp_path / "cater", "--checkpoint", tmp_path / "model/toto.pt", "--out", tmp_path / "out"]
