@@ -58,6 +58,7 @@ class Curve:
     triples: np.ndarray
     is_floor: bool = False  # of a trunk with random weights
     is_percent: bool = True
+    of_seeds: tuple = ()  # each seed's values, (seeds, N), where there are any
 
     def __post_init__(self):
         self.x, self.triples = np.asarray(self.x, dtype=float), np.array(self.triples, dtype=float)  # None becomes NaN
@@ -67,7 +68,13 @@ class Curve:
     def report(self):
         """For figures.json, which has null for NaN."""
         triples = [[None if np.isnan(value) else value for value in row] for row in self.triples.tolist()]
-        return {"label": self.label, "random weights": self.is_floor, "x": self.x.tolist(), "values": triples}
+        lead = {"best less last": self.lead()} if len(self.of_seeds) > 1 else {}
+        return {"label": self.label, "random weights": self.is_floor, "x": self.x.tolist(), "values": triples} | lead
+
+    def lead(self):
+        """The best place less the last, paired over seeds. That the best is picked on these very seeds favours it."""
+        best = self.triples[:, 0].argmax()
+        return probe.over_seeds([values[best] - values[-1] for values in self.of_seeds])
 
 
 # Reading.
@@ -178,9 +185,10 @@ def depth_curves(label, paths):
         *task, pool, name, kind = key
         seeds = [table[key] for table in tables if key in table]
         layers = sorted(set.intersection(*map(set, seeds)))
-        over = lambda rows: probe.over_seeds([mean for mean, *_ in rows]) if len(rows) > 1 else rows[0]
-        triples = [over([seed[l] for seed in seeds]) for l in layers]
-        curve = Curve(name, np.array(layers) / layers[-1], triples, is_floor=kind == "untrained")
+        of_seeds = [[seed[l][0] for l in layers] for seed in seeds]
+        of_clips = [seeds[0][l] for l in layers]
+        triples = list(map(probe.over_seeds, zip(*of_seeds))) if len(seeds) > 1 else of_clips
+        curve = Curve(name, np.array(layers) / layers[-1], triples, kind == "untrained", of_seeds=of_seeds)
         curves.setdefault(tuple(task), {}).setdefault(pool, []).append(curve)
     return curves
 
@@ -207,9 +215,9 @@ def grid_curves(report, medium):
     """Fig. 14: linear probes over depth at two resolutions, with trained and random weights, of a table3.json."""
     curves, of_dvae = [], [row for row in report["rows"] if row["name"] == "dVAE-dVAE"]
     for row, which in [(row, which) for row in of_dvae for which in ("top1", "untrained")]:
-        triples = [probe.over_seeds([100 * top1 for top1 in of_layer]) for of_layer in zip(*row[which])]
-        label = f"{medium}, {row['side']} x {row['side']} tokens"
-        curves.append(Curve(label, np.linspace(0, 1, len(triples)), triples, which == "untrained"))
+        of_seeds = 100 * np.array(row[which])  # (seeds, L + 1)
+        triples, label = list(map(probe.over_seeds, of_seeds.T)), f"{medium}, {row['side']} x {row['side']} tokens"
+        curves.append(Curve(label, np.linspace(0, 1, len(triples)), triples, which == "untrained", of_seeds=of_seeds))
     return curves
 
 
@@ -287,7 +295,8 @@ def print_depth(figure, panels):
             best, middle = int(curve.triples[:, 0].argmax()), int(abs(curve.x - 0.5).argmin())
             label = f"{curve.label}, random weights" if curve.is_floor else curve.label
             words = f"best {show(curve.triples[best])} at {curve.x[best]:.0%} of the depth"
-            print(f"    {label}: {words}; middle {show(curve.triples[middle])}; last {show(curve.triples[-1])}")
+            lead = f"; best less last {show(curve.lead())}" if len(curve.of_seeds) > 1 else ""
+            print(f"    {label}: {words}; middle {show(curve.triples[middle])}; last {show(curve.triples[-1])}{lead}")
 
 
 def figures_over_depth(args, missing):
