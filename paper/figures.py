@@ -68,13 +68,14 @@ class Curve:
     def report(self):
         """For figures.json, which has null for NaN."""
         triples = [[None if np.isnan(value) else value for value in row] for row in self.triples.tolist()]
-        lead = {"best less last": self.lead()} if len(self.of_seeds) > 1 else {}
-        return {"label": self.label, "random weights": self.is_floor, "x": self.x.tolist(), "values": triples} | lead
+        report = {"label": self.label, "random weights": self.is_floor, "x": self.x.tolist(), "values": triples}
+        return report | ({"best less last": self.lead()} if self.lead() else {})
 
     def lead(self):
         """The best place less the last, paired over seeds. That the best is picked on these very seeds favours it."""
         best = self.triples[:, 0].argmax()
-        return probe.over_seeds([values[best] - values[-1] for values in self.of_seeds])
+        if len(self.of_seeds) > 1 and best < len(self.x) - 1:
+            return probe.over_seeds([values[best] - values[-1] for values in self.of_seeds])
 
 
 # Reading.
@@ -131,9 +132,17 @@ def running_mean(losses):
     return (sums[last] - sums[first]) / (last - first)
 
 
+def check_alike(paths, kinds):
+    """Seeds are runs of one kind; ValueError where what should be equal, one of `kinds` for each path, is not."""
+    for path, kind in zip(paths, kinds):
+        if kind != kinds[0]:
+            raise ValueError(f"{path}: is no other seed of what {paths[0]} is of; give it a LABEL=FOLDER of its own")
+
+
 def training_curve(label, paths, n_points=400):
     """Fig. 2: the smoothed loss over tokens, for as long as all seeds have trained, at up to n_points steps."""
     logs = [read_log(path) for path in paths]
+    check_alike(paths, [tokens[0] for tokens, _ in logs])
     n = min(log.shape[1] for log in logs)
     losses = np.stack([running_mean(loss[:n]) for _, loss in logs])  # (seeds, S)
     picked = np.unique(np.geomspace(1, n, n_points).round().astype(int) - 1)
@@ -146,8 +155,9 @@ def position_curves(label, paths):
     needed = (*numbers, "loss_by_frame", "loss_by_token")
     pick = lambda report: {source: {key: of[key] for key in needed} for source, of in report.items()}
     reports, curves = [read(path, pick) for path in paths], {}
+    check_alike(paths, [{source: len(of["loss_by_token"]) for source, of in report.items()} for report in reports])
     for source in reports[0]:
-        rows = [report[source] for report in reports if source in report]
+        rows = [report[source] for report in reports]
         frames = np.array([row["loss_by_frame"] for row in rows])  # (seeds, F)
         values = {"first frame": frames[:, 0]}
         if frames.shape[1] > 1:
@@ -162,10 +172,11 @@ def position_curves(label, paths):
 
 
 def depth_curves(label, paths):
-    """{(task, number of classes): {pool: [a curve for each model]}} of probe.json files, top-1 in per cent.
+    """§4.8, Fig. 4, Fig. 8, Fig. 14: top-1 over depth, in per cent, of the probe.json of each seed.
 
-    A report on several checkpoints has a curve for each, named by its folder, and with --baselines one for each trunk
-    with random weights. What has the same name in the seeds' reports is one curve.
+    -> {(task, number of classes): {pool: [a curve for each model]}}. A report on several checkpoints has a
+    curve for each, named by its folder, and with --baselines one for the same trunk with random weights. What has the
+    same name in the seeds' reports is one curve.
     """
 
     def rows_of(report):
@@ -181,13 +192,13 @@ def depth_curves(label, paths):
         return rows
 
     tables, curves = [read(path, rows_of) for path in paths], {}
+    check_alike(paths, [{layer for rows in table.values() for layer in rows} for table in tables])
     for key in dict.fromkeys(key for table in tables for key in table if key[-1] != "raw pixels"):
         *task, pool, name, kind = key
         seeds = [table[key] for table in tables if key in table]
-        layers = sorted(set.intersection(*map(set, seeds)))
+        layers = sorted(seeds[0])
         of_seeds = [[seed[l][0] for l in layers] for seed in seeds]
-        of_clips = [seeds[0][l] for l in layers]
-        triples = list(map(probe.over_seeds, zip(*of_seeds))) if len(seeds) > 1 else of_clips
+        triples = [seeds[0][l] for l in layers] if len(seeds) == 1 else list(map(probe.over_seeds, zip(*of_seeds)))
         curve = Curve(name, np.array(layers) / layers[-1], triples, kind == "untrained", of_seeds=of_seeds)
         curves.setdefault(tuple(task), {}).setdefault(pool, []).append(curve)
     return curves
@@ -295,7 +306,7 @@ def print_depth(figure, panels):
             best, middle = int(curve.triples[:, 0].argmax()), int(abs(curve.x - 0.5).argmin())
             label = f"{curve.label}, random weights" if curve.is_floor else curve.label
             words = f"best {show(curve.triples[best])} at {curve.x[best]:.0%} of the depth"
-            lead = f"; best less last {show(curve.lead())}" if len(curve.of_seeds) > 1 else ""
+            lead = f"; best less last {show(curve.lead())}" if curve.lead() else ""
             print(f"    {label}: {words}; middle {show(curve.triples[middle])}; last {show(curve.triples[-1])}{lead}")
 
 
@@ -316,11 +327,13 @@ def figures_over_depth(args, missing):
 
     classification, by_pooling = {}, {}
     for task, n_classes in sorted(tasks, key=lambda key: (*STANDS_FOR, key[0]).index(key[0])):
-        pools, title = tasks[task, n_classes], f"{STANDS_FOR.get(task, 'classification')}: {task}"
-        name = lambda curve, pool: pool if len(args.runs) == 1 else f"{curve.label}, {pool}"
-        both = [replace(curve, label=name(curve, pool)) for pool in pools for curve in pools[pool]]
+        pools, name = tasks[task, n_classes], f"{n_classes} classes" if task == "class" else task
+        pairs = [(pool, curve) for pool, curves in pools.items() for curve in curves]
+        is_one = len({curve.label for _, curve in pairs}) == 1
+        both = [replace(curve, label=pool if is_one else f"{curve.label}, {pool}") for pool, curve in pairs]
+        title = f"{STANDS_FOR.get(task, 'classification')}: {name}"
         classification[title] = pools.get("attention"), "top-1, %, attention probe", 100 / n_classes
-        by_pooling[f"{task}, by pooling"] = both, "top-1, %", 100 / n_classes
+        by_pooling[f"{name}, by pooling"] = both, "top-1, %", 100 / n_classes
     others = {"object tracking": (results("table10*.json", tracking_curves), "J&F, %", None)}
     others["robots"] = results("figure6*.json", robot_curves), "success of a cloned policy, %", None
     grids = {"linear probes of images": (results("table3*.json", grid_curves), "top-1, %", None)}

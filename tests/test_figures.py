@@ -170,6 +170,27 @@ def test_nothing_to_draw_and_equal_labels_are_refused(tmp_path, runs, words, mon
         figures.main()
 
 
+def test_seeds_of_different_kinds_are_refused(tmp_path):
+    logs = [a_log(tmp_path / str(tokens), [1.0, 2.0], tokens) for tokens in (10, 20)]
+    with pytest.raises(ValueError, match="20: is no other seed of what .*10 is of"):
+        figures.training_curve("tiny", logs)
+    with pytest.raises(ValueError, match="no other seed"):
+        sources = [a_validation(tmp_path / source, source=source) for source in ("world", "kinetics")]
+        figures.position_curves("tiny", sources)
+
+
+def test_tasks_of_two_folders_have_panels_of_their_own(tmp_path):
+    for n in (3, 4):
+        report = json.loads(a_probe(tmp_path / str(n) / "probe.json").read_text())
+        rows = [row | {"task": "class"} for row in report["accuracy"] if row["task"] == "shape"]
+        write(tmp_path / str(n) / "probe.json", report | {"accuracy": rows, "classes": {"class": list(range(n))}})
+    args = figures.argparse.Namespace(runs=[(f"of {n}", [tmp_path / str(n)]) for n in (3, 4)], results=[tmp_path])
+    panels = figures.figures_over_depth(args, [])
+    assert list(panels["Figure 4"]) == ["classification: 3 classes"]
+    assert list(panels["Figure 8"]) == ["classification: 3 classes", "classification: 4 classes"]
+    assert {curve.label for curve in panels["Figure 14"]["4 classes, by pooling"][0]} == {"attention", "average"}
+
+
 def test_runs_are_parsed():
     assert figures.parse_run("tiny=out,out/seed1") == ("tiny", [Path("out"), Path("out/seed1")])
     assert figures.parse_run("out/large") == ("large", [Path("out/large")])
