@@ -133,17 +133,17 @@ def results_of(x):
     """(mean, low, high) of all that a file of results holds: intervals None where there are none.
 
     Lists are runs (Student's interval over their means) or layers of runs (over each column), lists of truth values are
-    trials (Wilson's). The n-grams' long curves, which hold almost every number, are left out.
+    trials (Wilson's). The n-grams' curves, which hold almost every number, are left out.
     """
-    if is_number(x) or isinstance(x, str) and re.fullmatch(r"\d+(\.\d+)?", x):
-        yield float(x), None, None
+    if is_number(x) or isinstance(x, str) and x.isdigit():
+        yield (x if is_number(x) else int(x)), None, None
     if isinstance(x, dict):
         if "interval" in x:
             yield x["top1"], *x["interval"]
-        for key, value in x.items():
+        for key in x.keys() - {"ranks", "shares"}:
             yield from results_of(key)
-            yield from results_of(value)
-    if not isinstance(x, list) or not x or len(x) > 100 and not isinstance(x[0], bool):
+            yield from results_of(x[key])
+    if not isinstance(x, list) or not x:
         return
     if all(isinstance(value, bool) for value in x):
         yield mean_of(x), *probe.wilson(mean_of(x), len(x))
@@ -170,6 +170,14 @@ def is_printed(text, value):
     return any(abs(shown - x) <= 0.5 * 10**-digits + 1e-9 for x in {value, min(max(value, 0), 100)})
 
 
+def is_result(word, found):
+    """Whether a number that stands alone is one that has no interval; whole ones must be whole there too, as counts."""
+    alone = [mean for mean, low, high in found if low == high]
+    if "." not in word:
+        return any(isinstance(mean, int) and mean == int(word.replace(",", "")) for mean in alone)
+    return any(is_printed(word, mean) for mean in alone)
+
+
 def not_in_the_results(cell):
     """The numbers of a cell, alone or with their interval, that the files of results which it links do not hold."""
     files = re.findall(r"\]\((results/\w+\.json)\)", cell)
@@ -179,8 +187,8 @@ def not_in_the_results(cell):
     with_interval = [of for of in found if of[1] is not None]
     holds = lambda words: any(all(map(is_printed, words, of)) for of in with_interval)
     missing = [words for words in TRIPLE.findall(text) if not holds(words)]
-    alone = re.findall(rf"(?<![\w.^-]){NUMBER}", TRIPLE.sub("", text))
-    return missing + [word for word in alone if not any(is_printed(word, mean) for mean, *_ in found)]
+    alone = [word.rstrip(",") for word in re.findall(rf"(?<![\w.^-]){NUMBER}", TRIPLE.sub("", text))]
+    return missing + [word for word in alone if not is_result(word, found)]
 
 
 def test_the_glance_has_all_tables_and_figures():
@@ -212,3 +220,12 @@ def test_the_glance_states_what_the_results_hold(name):
         for group in (1, 2, 3):
             wrong = f"{float(planted[group].replace(',', '')) + 7:.1f}"
             assert not_in_the_results(here[: planted.start(group)] + wrong + here[planted.end(group) :])
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong",
+    [("Fig. 12", "17,662", "17,663"), ("Fig. 3", "26.4", "36.4"), ("Fig. 5", "52.2", "52.3"), ("A.8", "98.9", "99.9")],
+)
+def test_a_wrong_number_in_the_glance_is_found(name, right, wrong):
+    cell = GLANCE[name][4]
+    assert right in cell and not_in_the_results(cell.replace(right, wrong)) == [wrong]
