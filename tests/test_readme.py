@@ -160,8 +160,11 @@ def results_of(x):
             yield from (probe.over_seeds(column) for column in zip(*x) if all(map(is_number, column)))
     except TypeError:  # words, or no number at all
         pass
+    if x[1:] == [None, None]:  # a mean that has no interval
+        yield from results_of(x[0])
     for value in x:
-        yield from results_of(value)
+        if not isinstance(value, float):  # one run's alone is nothing to state
+            yield from results_of(value)
 
 
 def is_printed(text, value):
@@ -224,7 +227,7 @@ def test_the_glance_states_what_the_results_hold(name):
 
 @pytest.mark.parametrize(
     "name, right, wrong",
-    [("Fig. 12", "17,662", "17,663"), ("Fig. 3", "26.4", "36.4"), ("Fig. 5", "52.2", "52.3"), ("A.8", "98.9", "99.9")],
+    [("Fig. 12", "17,662", "17,663"), ("Fig. 3", "26.4", "26.5"), ("Fig. 5", "52.2", "52.3"), ("A.8", "98.9", "98.8")],
 )
 def test_a_wrong_number_in_the_glance_is_found(name, right, wrong):
     cell = GLANCE[name][4]
