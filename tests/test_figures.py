@@ -43,9 +43,9 @@ def a_probe(path, shift=0.0, checkpoints=("out/toto.pt",), pools=("attention", "
 
 
 def a_validation(path, first=3.0, source="world"):
-    by_token = [first - 1, first + 1, 1.0, 2.0, 2.5, 0.5]
+    by_token = [first - 1, first + 1, 1.5, 2.5, 1.5, 0.5]
     numbers = {"loss": 1.0, "accuracy": 0.5, "repeat_accuracy": 0.25, "unigram_entropy": 4.0}
-    return write(path, {source: numbers | {"loss_by_frame": [first, 1.5, 1.5], "loss_by_token": by_token}})
+    return write(path, {source: numbers | {"loss_by_frame": [first, 2.0, 1.0], "loss_by_token": by_token}})
 
 
 def test_the_running_mean_is_of_the_last_tenth():
@@ -95,8 +95,8 @@ def test_several_checkpoints_of_one_report_are_named_by_their_folders(tmp_path):
 def test_positions_are_means_over_seeds(tmp_path):
     paths = [a_validation(tmp_path / str(first), first) for first in (3.0, 5.0)]
     by_token, by_frame, stated = figures.position_curves("tiny", paths)["world"]
-    np.testing.assert_allclose(by_token, [3, 5, 1, 2, 2.5, 0.5])
-    np.testing.assert_allclose(by_frame.triples[:, 0], [4, 1.5, 1.5])
+    np.testing.assert_allclose(by_token, [3, 5, 1.5, 2.5, 1.5, 0.5])
+    np.testing.assert_allclose(by_frame.triples[:, 0], [4, 2, 1])
     assert stated["first less later"][0] == 2.5 and stated["later frames"] == [1.5, 1.5, 1.5]
     assert figures.position_curves("tiny", paths[:1])["world"][2]["first frame"] == [3.0, None, None]
 
