@@ -1,4 +1,4 @@
-"""Images and videos to token sequences (§3.3, §3.4), and the small built-in world that stands in for them.
+"""Images and videos to token sequences (§3.3, §3.4, Table 2), and the small built-in world that stands in for them.
 
     media -> frames      read_frames: resize the short side to R pixels, keep every 4th frame (§3.4)
     frames -> tokens     tokenize: crop, encode with the dVAE, store codes in a token folder
