@@ -349,7 +349,7 @@ def parse_arguments():
     add("--runs", nargs="+", type=parse_run, metavar="[LABEL=]FOLDER", help=words)
     words = "folders with reports of other scripts of paper/"
     add("--results", nargs="+", type=Path, default=[Path("paper/results")], help=words)
-    add("--out", default="paper", type=data.output_folder, help="folder for figure2.png … figure14.png, figures.json")
+    add("--out", default="out/figures", type=data.output_folder, help="folder for the pictures and figures.json")
     args = parser.parse_args()
     args.runs = args.runs or [("tiny", [Path("out")])]
     if len(dict(args.runs)) < len(args.runs):

@@ -623,7 +623,7 @@ def losses(answers, truths, size):
     }
 
 
-# StillFast's; the verb's is --verb-weight. Not in the paper: the box's, 1, since its loss is another one, and the verb's
+# StillFast's; the verb's is --verb-weight. Not in the paper: the box's, 1, another loss here; and the verb's
 # on a laptop, 1: with StillFast's 0.1 a few hundred steps hardly teach it.
 WEIGHTS = {"noun": 1.0, "box": 1.0, "ttc": 0.5}
 
