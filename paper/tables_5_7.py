@@ -1,7 +1,7 @@
 """Tables 5, 7, 8, 13, 14, 16 (§4.1 to §4.3, A.2 to A.4, A.7): how well can one tell from a trunk what there is to see?
 
-    python paper/tables_5_7.py                                       the model of `python train.py`, on the built-in world
-    python paper/tables_5_7.py --checkpoint base/toto.pt large/toto.pt 1b/toto.pt --data FOLDER     FOLDER as for probe.py
+    python paper/tables_5_7.py                         the model of `python train.py` on the built-in world, in minutes
+    python paper/tables_5_7.py --checkpoint base/toto.pt large/toto.pt --data FOLDER       FOLDER as for probe.py
     torchrun --nproc_per_node=8 paper/tables_5_7.py --tables 7 --checkpoint FILE --data imagenet
 
 Five trainings, of which each table takes a few heads; all heads of one are learned in the same passes (probe.py):
@@ -68,6 +68,9 @@ class Protocol:
     pools: tuple
     attention: str = "causal"
     scale: int = 1  # of the resolution; 2 goes with five times RoPE's base (§4.2)
+    # Not in the paper, what suits `tiny` and half an hour; larger models learn for §4.2's 90 epochs.
+    epochs: int = 10
+    seeds: int = 1  # 3 where a run takes seconds
 
 
 # Not in the paper, but where a table's title says so:
@@ -76,20 +79,17 @@ class Protocol:
 #   attention pooling as in Table 7, at the resolution of the pre-training.
 # - Tables 7 and 8 report the best layer; which images pick it is not said. Here the middle one is compared, and the
 #   best on the very images is printed beside it, which favours it a little.
-# - A.7 does not say whether the trunk is fine-tuned beside the larger head: as in Table 8, since it is compared to that.
+# - A.7 does not say whether the trunk learns beside the larger head: as in Table 8, to which it is compared.
 PROTOCOLS = {
-    "images, frozen": Protocol(("5", "14"), "images", None, "mid", ("average", "attention")),
+    "images, frozen": Protocol(("5", "14"), "images", None, "mid", ("average", "attention"), seeds=3),
     "videos, frozen": Protocol(("5",), "videos", None, "mid", ("average", "attention")),
-    "images, joint": Protocol(("7",), "images", "joint", "all", ("attention",), scale=2),
-    "videos, joint": Protocol(("8", "16"), "videos", "joint", "all", ("attention", "attention-mlp")),
-    "images, full attention": Protocol(("13",), "images", "full", "last", ("attention",), "full"),
-    "images, causal attention": Protocol(("13",), "images", "full", "last", ("attention",)),
+    "images, joint": Protocol(("7",), "images", "joint", "all", ("attention",), scale=2, epochs=4),
+    "videos, joint": Protocol(("8", "16"), "videos", "joint", "all", ("attention", "attention-mlp"), epochs=3),
+    "images, full attention": Protocol(("13",), "images", "full", "last", ("attention",), "full", epochs=4, seeds=3),
+    "images, causal attention": Protocol(("13",), "images", "full", "last", ("attention",), epochs=4, seeds=3),
 }
 # Which pooling of a protocol a table reports.
 POOLS = {"5": ("average", "attention"), "14": ("average",), "16": ("attention-mlp",)}
-# §4.2: 90 epochs at 6e-5. Not in the paper: what suits `tiny`; its clips have eight times as many tokens as its images.
-LAPTOP_EPOCHS = {"images, frozen": 10, "videos, frozen": 10, "images, joint": 5, "videos, joint": 5}
-SEEDS = {"images": 3, "videos": 1}
 
 
 # The clips.
@@ -122,89 +122,33 @@ def part(split, rows):
 
 
 # Training and testing.
-def learn(heads, sets, model, protocol, how, state, device, features=None):
+def learn(heads, sets, model, features, how, state, device):
     """Train heads on the first of two sets and test them on the second -> {key: {"top1", "right"}}.
 
-    What `python probe.py` does with these settings. "right" tells for each clip whether its class was found, as a string
-    of 0 and 1: two rows can then be compared clip by clip. `features(split)` are a frozen trunk's.
+    What probe.py does with the flags that `how` has. `features(split)` are those of a trunk that is, or by then will
+    be, frozen. "right" tells for each clip whether its class was found, as a string of 0 and 1: two heads can then be
+    compared clip by clip.
     """
     first, val = sets
-    settings = {"protocol": repr(protocol), **{key: str(value) for key, value in vars(how).items()}}
-    of_train = features(first) if features else None
+    settings = {key: str(value) for key, value in vars(how).items()}
+    of_train = None if how.finetune else features(first)
     probe.train_heads(heads, of_train, first, settings, state, how, device, model)
-    layers = sorted({l for _, _, l in heads})
-    of_val = features(val) if features else probe.Features(model, val, layers, how, device, keep=False)
     found = {}
-    for key, r in probe.evaluate(heads, of_val, val, how, device).items():
+    for key, r in probe.evaluate(heads, features(val), val, how, device).items():
         right = (r["classes"] == val.labels[key[0]]).int().tolist()
-        found[key] = {"top1": r["top1"], "right": "".join(map(str, right))}
+        found[key] = {"lr": how.lr, "top1": r["top1"], "right": "".join(map(str, right))}
     return found
 
 
 def pick_rates(rates, train, learn_at):
     """{key: the rate at which a head is best on clips that are held out of the training set, a fifth of it}.
 
-    learn_at(rate, sets) is `learn` at one rate. The clips that the table reports are not even given to this function.
+    learn_at(rate, sets) is `learn` at one rate. The clips that the tables report are not even given to this function.
     """
     held_out = data.is_held_out(train.names, share=0.2)
     sets = [part(train, np.flatnonzero(held_out == out)) for out in (False, True)]
     tried = {rate: learn_at(rate, sets) for rate in rates}
     return {key: max(rates, key=lambda rate: tried[rate][key]["top1"]) for key in tried[rates[0]]}
-
-
-def run(name, path, start, seed, sets, args, device):
-    """One protocol, of one checkpoint and seed, from its weights ("trained") or from random ones ("untrained").
-
-    -> [{"task", "pool", "layer", "lr", "top1", "right"}]. Kept in --out/runs, where a stopped one goes on.
-    """
-    protocol, kept = PROTOCOLS[name], args.out / "runs"
-    # A checkpoint's file is named by its path: several may be called toto.pt.
-    title = f"{name.replace(', ', '-').replace(' ', '-')}-{zlib.crc32(str(path).encode()):08x}-{start}-{seed}"
-    config, is_main = toto.load_checkpoint(path)["config"], data.rank() == 0
-    L = config.n_layers
-    layers = {"mid": [L // 2], "all": list(range(L + 1)), "last": [L]}[protocol.layer]
-    defaults = probe.LAPTOP if is_tiny(config) else probe.PAPER
-    epochs = args.epochs or (LAPTOP_EPOCHS.get(name, defaults["epochs"]) if is_tiny(config) else defaults["epochs"])
-    how = {"finetune": protocol.finetune, "attention": protocol.attention, "batch": args.batch, "seed": seed}
-    how = SimpleNamespace(**how | {"epochs": epochs, "lr": args.lr or defaults["lr"]})
-
-    def work_on(keys, sets, lr, state, features=None):
-        model = load_model(path, start, seed, protocol, args, device)
-        heads = probe.make_heads(config.dim, config.n_heads, layers, protocol.pools, sets[0].classes, seed, device)
-        heads = {key: heads[key] for key in keys or heads}
-        at_rate = SimpleNamespace(**vars(how) | {"lr": lr})
-        found = learn(heads, sets, model, protocol, at_rate, state, device, features)
-        state.unlink(missing_ok=True)
-        return found
-
-    def work():
-        if protocol.finetune:
-            found, rates = work_on(None, sets, how.lr, kept / f"{title}.pt"), {}
-        else:  # Table 5: each head at the best of three rates
-            trunk = load_model(path, start, seed, protocol, args, device)
-            # One frozen pass over a set serves all layers, pools, tasks and rates.
-            features = lru_cache(maxsize=4)(lambda split: probe.Features(trunk, split, layers, how, device))
-            state = lambda what, rate: kept / f"{title}-{what}-{rate:g}.pt"
-            learn_at = lambda rate, some: work_on(None, some, rate, state("pick", rate), features)
-            rates = pick_rates([how.lr / 3, how.lr, how.lr * 3], sets[0], learn_at)
-            found = {}
-            for rate in sorted(set(rates.values())):
-                keys = [key for key in rates if rates[key] == rate]
-                found |= work_on(keys, sets, rate, state("learn", rate), features)
-        keys = "task", "pool", "layer"
-        return [dict(zip(keys, key)) | {"lr": rates.get(key, how.lr)} | found[key] for key in sorted(found)]
-
-    checkpoint = toto.load_checkpoint(path)
-    settings = {"protocol": repr(protocol), "checkpoint": str(path), "step": checkpoint["step"], "start": start}
-    settings |= {"tokenizer": checkpoint["tokenizer"], "clips": [len(split) for split in sets], **vars(how)}
-    settings |= {"views": args.views if protocol.medium == "videos" else [1, 1], "data": args.data}
-    if is_main and not (kept / f"{title}.json").exists():
-        print(f"{name}: {path}, {start}, seed {seed}")
-    return data.once(kept / f"{title}.json", settings, work)
-
-
-def is_tiny(config):
-    return (config.dim, config.n_layers) == (toto.SIZES["tiny"].dim, toto.SIZES["tiny"].n_layers)
 
 
 def load_model(path, start, seed, protocol, args, device):
@@ -218,6 +162,51 @@ def load_model(path, start, seed, protocol, args, device):
         return model
     torch.manual_seed(seed)
     return toto.Toto(checkpoint["config"], model.compute_dtype).to(device).eval().requires_grad_(False)
+
+
+def run(name, path, start, seed, sets, args, device):
+    """One protocol, of one checkpoint and seed, from its weights ("trained") or from random ones ("untrained").
+
+    -> [{"task", "pool", "layer", "lr", "top1", "right"}], kept in --out/runs.
+    """
+    protocol, checkpoint, runs = PROTOCOLS[name], toto.load_checkpoint(path), args.out / "runs"
+    config, words = checkpoint["config"], name.replace(", ", "-").replace(" ", "-")
+    title = f"{words}-{zlib.crc32(str(path).encode()):08x}-{start}-{seed}"  # several checkpoints may be called toto.pt
+    L, is_tiny = config.n_layers, config.dim == toto.SIZES["tiny"].dim
+    layers = {"mid": [L // 2], "all": list(range(L + 1)), "last": [L]}[protocol.layer]
+    epochs = args.epochs or (protocol.epochs if is_tiny else probe.PAPER["epochs"])
+    lr = args.lr or (probe.LAPTOP if is_tiny else probe.PAPER)["lr"]
+    how = {"finetune": protocol.finetune, "attention": protocol.attention, "batch": args.batch}
+    how |= {"epochs": epochs, "lr": lr, "seed": seed}
+
+    def work():
+        model = load_model(path, start, seed, protocol, args, device)
+        # Frozen, one pass over a set serves all layers, poolings, tasks and rates.
+        features = lru_cache(lambda split: probe.Features(model, split, layers, SimpleNamespace(**how), device))
+
+        def learn_at(rate, sets, keys=None):
+            heads = probe.make_heads(config.dim, config.n_heads, layers, protocol.pools, sets[0].classes, seed, device)
+            heads = {key: heads[key] for key in keys or heads}
+            state = runs / f"{title}-{len(sets[0])}-{rate:g}.pt"
+            return learn(heads, sets, model, features, SimpleNamespace(**how | {"lr": rate}), state, device)
+
+        if protocol.finetune:
+            found = learn_at(lr, sets)
+        else:  # Table 5: each head at the best of three rates
+            rates, found = pick_rates([lr / 3, lr, lr * 3], sets[0], learn_at), {}
+            for rate in sorted(set(rates.values())):
+                found |= learn_at(rate, sets, [key for key in rates if rates[key] == rate])
+        return [dict(zip(("task", "pool", "layer"), key)) | found[key] for key in sorted(found)]
+
+    settings = {"protocol": name, "checkpoint": str(path), "step": checkpoint["step"], "start": start, **how}
+    settings |= {"tokenizer": checkpoint["tokenizer"], "clips": [len(split) for split in sets], "data": args.data}
+    settings |= {"views": args.views}
+    if data.rank() == 0 and not (runs / f"{title}.json").exists():
+        print(f"{name}: {path}, {start}, seed {seed}")
+    result = data.once(runs / f"{title}.json", settings, work)
+    for state in runs.glob(f"{title}-*.pt"):
+        state.unlink(missing_ok=True)
+    return result
 
 
 # Intervals.
@@ -266,10 +255,9 @@ def collect(args, device):
                 most = sets[0].labels[task].bincount().argmax()
                 report["bounds"].setdefault(protocol.medium, {})[task] = (y == most).float().mean().item()
             report["clips"][protocol.medium] = [len(split) for split in sets]
-            n_seeds = args.seeds or SEEDS[protocol.medium]
             runs = {}
             for start in ("trained", "untrained"):
-                for seed in range(args.seed, args.seed + n_seeds):
+                for seed in range(args.seed, args.seed + (args.seeds or protocol.seeds)):
                     for r in run(name, path, start, seed, sets, args, device):
                         key = r["task"], r["pool"], r["layer"]
                         runs.setdefault(key, {}).setdefault(start, []).append(r)
@@ -288,7 +276,7 @@ def collect(args, device):
 
 
 def main_layer(row):
-    """Which layer a table compares: the middle one, or that of the only head there is."""
+    """Which layer a table compares: the middle one, or the only one there is."""
     return PROTOCOLS[row["protocol"]].layer != "all" or row["layer"] == row["n_layers"] // 2
 
 
@@ -392,10 +380,10 @@ def parse_arguments():
     add("--data", help="folder with train/<class>/* and val/<class>/*, of images or of videos (default: the world's)")
     add("--tables", nargs="+", default=list(PAPER), choices=PAPER, help="which of them")
     add("--views", type=probe.parse_views, default="1x1", metavar="VxS", help="of a video of --data: 10x3 in §4.3")
-    add("--epochs", type=count, help="of every training (default: 90, §4.2; for tiny 5 or 10)")
+    add("--epochs", type=count, help="of every training (default: 90, §4.2; for tiny 3 to 10)")
     add("--lr", type=data.number(float, above=0), help="peak rate (default: 6e-5, §4.2, or 0.002 for tiny)")
     add("--batch", type=count, default=32, help="clips in a step, over all processes")
-    add("--seeds", type=count, help="runs of each kind, from --seed on (default: 3 on images, 1 on videos)")
+    add("--seeds", type=count, help="runs of each kind, from --seed on (default: 3 of the short ones, else 1)")
     add("--out", default="out/tables_5_7", type=data.output_folder, help="folder for results, states and cached tokens")
     args = parser.parse_args()
     if args.views != (1, 1) and args.data is None:
