@@ -80,33 +80,42 @@ def images_in_a_sequence(args, is_high):
     return args.frames // 4 if is_high else args.frames
 
 
-def flops(row, model, n_tokens, args):
-    """{"flops" of all training of a row, "macs" of its forward passes alone, which are a sixth of them}."""
-    n_sequences = max(round(args.batch_tokens / n_tokens), 1)
-    total = (row.low + row.high) * args.steps * n_sequences * n_tokens * model.flops_per_token(n_tokens)
+def steps_of(row, args):
+    """Optimizer steps at the low and at the high resolution."""
+    return math.ceil(row.low * args.steps), math.ceil(row.high * args.steps)
+
+
+def flops(row, model, n_sequences, n_tokens, args):
+    """{"flops" of all training of a row, "macs" of its forward passes alone}, of steps of n_sequences of n_tokens.
+
+    The backward pass costs twice the forward pass and a multiply-add is two FLOPs: the first is six times the other.
+    """
+    total = sum(steps_of(row, args)) * n_sequences * n_tokens * model.flops_per_token(n_tokens)
     return {"flops": total, "macs": total / 6}
 
 
 def run(row, seed, sets, tokenizer, args, device):
     """{"loss" on held-out images, in nats a token, "top1" of each layer, "untrained": that before training, "flops"}.
 
+    The first two rows alone are probed before training: others have the weights of one of them then.
     `sets` are those of probe.image_sets by resolution, {is_high: …}. A fine-tuned row starts from the weights of the
     first row with the same seed. Not in the paper: fine-tuning has a warm-up and a cosine of its own, from the same
     peak rate; the optimizer's moments start from zero.
     """
     is_high, starts_from = row.high > 0, args.out / f"low-{seed}.pt"
-    of, share = sets[is_high], row.high or row.low
-    how = {"frames": images_in_a_sequence(args, is_high), "steps": max(round(share * args.steps), 1)}
+    of, how = sets[is_high], {"frames": images_in_a_sequence(args, is_high), "steps": steps_of(row, args)[is_high]}
     how = SimpleNamespace(**vars(args) | how)
     config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + of["pretrain"].meta["vocab_size"])
     config = replace(config, rope_base=row.rope_factor * config.rope_base)
 
     def work(state, settings):
+        if row.is_fine_tuned and not starts_from.exists():
+            raise ValueError(f"{starts_from}: is missing; remove {args.out / 'runs'} too, and start over")
         torch.manual_seed(seed)
         model = toto.Toto(config, data.fast_dtype(device)).to(device)
         first = probe.ProbeSet(of["train"], 1)
         labelled = first, probe.ProbeSet(of["val"], 1, classes=first.classes)
-        untrained = probe.linear_probes(model, labelled, device)
+        untrained = probe.linear_probes(model, labelled, device) if row in ROWS[:2] else None
         if row.is_fine_tuned:
             model.load_state_dict(toto.load_checkpoint(starts_from)["model"])
         mixture = data.Mixture([data.Source(of["pretrain"], how.frames)], [1.0], seed)
@@ -121,11 +130,9 @@ def run(row, seed, sets, tokenizer, args, device):
             checkpoint = {"step": how.steps, "tokenizer": tokenizer.fingerprint(), "stride": 1, "frames": how.frames}
             probe.save_finetuned(model, tokenizer, checkpoint, args, starts_from)
         result |= {"top1": probe.linear_probes(model, labelled, device), "untrained": untrained}
-        return result | flops(row, model, how.frames * tokens_per_frame, args)
+        return result | flops(row, model, n_sequences, how.frames * tokens_per_frame, args)
 
     settings = {"row": row.name, "seed": seed, "tokenizer": of["pretrain"].meta["tokenizer"], "own steps": how.steps}
-    if row.is_fine_tuned and not starts_from.exists():
-        raise ValueError(f"{starts_from}: is missing; remove {args.out / 'runs'} too, and start over")
     name = "".join(c if c.isalnum() else "-" for c in f"{row.name} {seed}")
     return train.kept_run(args, name, settings, work)
 
@@ -201,6 +208,8 @@ def main():
     for row in ROWS:  # the first makes the models that others start from
         runs = [run(row, seed, sets, tokenizer, args, device) for seed in range(args.seed, args.seed + args.seeds)]
         figures = {key: [of_seed[key] for of_seed in runs] for key in ("loss", "top1", "untrained")}
+        if row not in ROWS[:2]:
+            figures["untrained"] = rows[row.high > 0]["untrained"]
         costs = {"flops": runs[0]["flops"], "macs": runs[0]["macs"]}
         rows.append({"name": row.name, "compute": row.compute, "paper": row.top1} | costs | figures)
     if data.rank() == 0:

@@ -70,7 +70,7 @@ def of_table4(media, out, *extra):
 
 def test_compute():
     """FLOPs by hand, for `large` and the paper's contexts, and the ratios of the paper's own column."""
-    args = SimpleNamespace(steps=10, batch_tokens=2**20, frames=16)
+    args = SimpleNamespace(steps=10, frames=16)
     with torch.device("meta"):
         model = toto.Toto(toto.SIZES["large"])
     assert 16 * 16**2 == table4.images_in_a_sequence(args, True) * 32**2 == 4096
@@ -79,16 +79,16 @@ def test_compute():
     n = L * (4 * D * D + 3 * D * 4 * D + 2 * D) + D + 8196 * D
     step = 2**20 * 3 * 2 * (n + L * 2 * D * T)  # forward, and twice as much backward, of 2 FLOPs for each multiply-add
     for row in table4.ROWS:
-        found = table4.flops(row, model, T, args)
+        found = table4.flops(row, model, 256, T, args)
         assert found["flops"] == pytest.approx((row.low + row.high) * 10 * step, rel=1e-9)
         assert found["macs"] == pytest.approx(found["flops"] / 6)
         if row.compute:
             assert row.low + row.high == pytest.approx(row.compute / 1.42e17, rel=2e-3)
     # The unit of that column, as the comment has it: a forward pass over ImageNet-1k.
     assert (n + L * 2 * D * T) * 256 * 1_281_167 == pytest.approx(1.42e17, rel=0.06)
-    by_name = {row.name: table4.flops(row, model, T, args)["flops"] for row in table4.ROWS}
-    for _, first, second in table4.CLAIMS[3:]:  # at equal compute
-        assert by_name[first] == by_name[second]
+    for args.steps in (10, 7, 1):  # at equal compute, also where a half of the steps is no whole number
+        total = {row.name: sum(table4.steps_of(row, args)) for row in table4.ROWS}
+        assert all(total[first] == total[second] for _, first, second in table4.CLAIMS[3:])
 
 
 def test_table4(media, tmp_path, monkeypatch, capsys):
@@ -148,9 +148,9 @@ def test_table4_needs_a_task(media, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     with pytest.raises(ValueError, match="--data needs --probe"):
         call(monkeypatch, table4, ["--data", media / "images", "--out", tmp_path])
-    (tmp_path / "runs").mkdir()
     with pytest.raises(ValueError, match="low-0.pt: is missing; remove .*runs too"):  # and not a traceback
-        args = SimpleNamespace(out=tmp_path, frames=8, steps=4, size="tiny")
+        args = SimpleNamespace(out=tmp_path, frames=8, steps=4, size="tiny", data="", probe="", resolution=16)
+        args.batch_tokens, args.lr = 64, 0.003
         sets = {True: {"pretrain": SimpleNamespace(meta={"vocab_size": 32, "tokenizer": "x"})}}
         table4.run(table4.ROWS[2], 0, sets, None, args, None)
 
@@ -201,9 +201,13 @@ def test_intervals():
     half = 1.96 * 100 * math.sqrt((b + c) / n - ((b - c) / n) ** 2) / math.sqrt(n)
     assert (value, high - value, value - low) == pytest.approx((10, half, half))
     assert tables.difference(first, first) == pytest.approx((0, 0, 0))
-    several = [{"top1": x} for x in (0.5, 0.6, 0.7)]
-    assert tables.figure(several) == pytest.approx((60, 60 - 4.303 * 10 / 3**0.5, 60 + 4.303 * 10 / 3**0.5))
-    assert tables.figure(first)[1:] == pytest.approx([100 * x for x in probe.wilson(0.6, 100)])
+    assert tables.figure(first) == pytest.approx([100 * x for x in (0.6, *probe.wilson(0.6, 100))])
+    # Of several seeds Student's interval, unless that over the clips is wider, since seeds that agree share the clips.
+    apart = [of("1" * n + "0" * (100 - n))[0] for n in (30, 60, 90)]
+    assert tables.figure(apart) == pytest.approx((60, 60 - 4.303 * 30 / 3**0.5, 60 + 4.303 * 30 / 3**0.5))
+    assert tables.figure(3 * first) == pytest.approx(tables.figure(first))
+    assert tables.difference(3 * first, 3 * second) == pytest.approx((10, 10 - half, 10 + half))
+    assert tables.difference(apart, 3 * first) == pytest.approx((0, -4.303 * 30 / 3**0.5, 4.303 * 30 / 3**0.5))
 
 
 def test_tables(media, tmp_path, monkeypatch, capsys):
