@@ -97,7 +97,7 @@ def flops(row, model, n_sequences, n_tokens, args):
 def run(row, seed, sets, tokenizer, args, device):
     """{"loss" on held-out images, in nats a token, "top1" of each layer, "untrained": that before training, "flops"}.
 
-    The first two rows alone are probed before training: others have the weights of one of them then.
+    The first two rows alone are probed before training: the others begin as one of them does.
     `sets` are those of probe.image_sets by resolution, {is_high: …}. A fine-tuned row starts from the weights of the
     first row with the same seed. Not in the paper: fine-tuning has a warm-up and a cosine of its own, from the same
     peak rate; the optimizer's moments start from zero.

@@ -4,7 +4,7 @@
     python paper/tables_5_7.py --checkpoint base/toto.pt large/toto.pt --data FOLDER       FOLDER as for probe.py
     torchrun --nproc_per_node=8 paper/tables_5_7.py --tables 7 --checkpoint FILE --data imagenet
 
-Five trainings, of which each table takes a few heads; all heads of one are learned in the same passes (probe.py):
+Six trainings, of which each table takes a few heads; all heads of one are learned in the same passes (probe.py):
 
     images, videos: the trunk is frozen   averaged tokens against attention, each at its own best rate    Tables 5, 14
     images: joint, at twice the side      next tokens and probes of every layer, with a stop-gradient     Table 7
