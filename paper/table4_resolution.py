@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
 
 import data
+import dvae
 import probe
 import toto
 import train
@@ -128,7 +129,7 @@ def run(row, seed, sets, tokenizer, args, device):
         result = {"loss": train.evaluate(model, held_out, args.micro_batch, device)["images"]["loss"]}
         if row is ROWS[0] and data.rank() == 0:
             checkpoint = {"step": how.steps, "tokenizer": tokenizer.fingerprint(), "stride": 1, "frames": how.frames}
-            probe.save_finetuned(model, tokenizer, checkpoint, args, starts_from)
+            dvae.save_trained(model, tokenizer, checkpoint, args.resolution, starts_from)
         result |= {"top1": probe.linear_probes(model, labelled, device), "untrained": untrained}
         return result | flops(row, model, n_sequences, how.frames * tokens_per_frame, args)
 

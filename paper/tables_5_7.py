@@ -174,7 +174,7 @@ def run(name, path, start, seed, sets, args, device):
     protocol, checkpoint, runs = PROTOCOLS[name], toto.load_checkpoint(path), args.out / "runs"
     config, words = checkpoint["config"], name.replace(", ", "-").replace(" ", "-")
     title = f"{words}-{zlib.crc32(str(path).encode()):08x}-{start}-{seed}"  # several checkpoints may be called toto.pt
-    L, is_tiny = config.n_layers, config.dim == toto.SIZES["tiny"].dim
+    L, is_tiny = config.n_layers, toto.is_tiny(config)
     layers = {"mid": [L // 2], "all": list(range(L + 1)), "last": [L]}[protocol.layer]
     epochs = args.epochs or (protocol.epochs if is_tiny else probe.PAPER["epochs"])
     lr = args.lr or (probe.LAPTOP if is_tiny else probe.PAPER)["lr"]

@@ -39,7 +39,7 @@ def media(tmp_path_factory, untrained_tokenizer):
     tokenizer = untrained_tokenizer.fingerprint()
     checkpoint = {"step": 5, "tokenizer": tokenizer, "stride": 4, "frames": 2, "optimizer": {}}
     of_model = SimpleNamespace(resolution=32)
-    probe.save_finetuned(model, untrained_tokenizer, checkpoint, of_model, folder / "toto.pt")
+    dvae.save_trained(model, untrained_tokenizer, checkpoint, of_model.resolution, folder / "toto.pt")
     return folder
 
 
@@ -265,7 +265,7 @@ def test_several_checkpoints(media, tmp_path, monkeypatch, capsys):
     config = replace(checkpoint["config"], n_layers=2)
     small, of = toto.Toto(config), SimpleNamespace(resolution=32)
     (tmp_path / "small").mkdir()
-    probe.save_finetuned(small, dvae.load(media / "dvae.pt"), checkpoint, of, tmp_path / "small/toto.pt")
+    dvae.save_trained(small, dvae.load(media / "dvae.pt"), checkpoint, of.resolution, tmp_path / "small/toto.pt")
     words = of_tables(media, tmp_path / "out", "--tables", "14")
     words[2:2] = [tmp_path / "small/toto.pt"]
     call(monkeypatch, tables, words)
