@@ -488,8 +488,8 @@ def parse_arguments():
     add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token or media folders (default: the built-in world)")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: out/dvae.pt, or of --data that in --out)")
     add("--rate", type=positive, help="peak learning rate of Figure 9 (default: what Figure 11 finds, trained first)")
-    add("--steps", type=data.number(int, at_least=4), help=f"of each run of Figure 9 {about('steps', 1500)}")
-    add("--sweep-steps", type=count, help="of each run of Figure 11 (default: 300, or a tenth of --steps for a1 to a6)")
+    add("--steps", type=data.number(int, at_least=4), help=f"of each run of Figure 9 {about('steps', 1200)}")
+    add("--sweep-steps", type=count, help="of each run of Figure 11 (default: 250, or a tenth of --steps for a1 to a6)")
     add("--seeds", type=count, default=2, help="runs at each rate of Figure 11, from --seed on; Figure 9 has --seed's")
     about_batch = about("batch_tokens", train.LAPTOP["batch_tokens"])
     add("--batch-tokens", type=count, help=f"visual tokens in a step {about_batch}")
@@ -500,9 +500,9 @@ def parse_arguments():
     if any((name in SMALL) != args.is_small for name in args.sizes):
         raise ValueError("--sizes: s1 to s6 and a1 to a6 are two ladders; give sizes of one")
     args.sizes = sorted(set(args.sizes), key=list(SIZES).index)
-    for name, value in (train.LAPTOP | {"steps": 1500} if args.is_small else train.PAPER).items():
+    for name, value in (train.LAPTOP | {"steps": 1200} if args.is_small else train.PAPER).items():
         setattr(args, name, getattr(args, name, None) or value)
-    args.sweep_steps = args.sweep_steps or (300 if args.is_small else max(args.steps // 10, 1))
+    args.sweep_steps = args.sweep_steps or (250 if args.is_small else max(args.steps // 10, 1))
     args.asked, args.stride = {"resolution": None}, 4
     args.shard, args.recompute = False, False
     return args
