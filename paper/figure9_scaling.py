@@ -1,13 +1,13 @@
 """Figures 11 and 9 and Table 15 (§4.9, A.5): one learning rate for all widths by µP, and loss against compute.
 
-    torchrun --nproc_per_node=2 paper/figure9_scaling.py        on the built-in world, TIME on two cores
+    torchrun --nproc_per_node=2 paper/figure9_scaling.py        on the built-in world, under 30 minutes on two cores
     torchrun --nproc_per_node=8 paper/figure9_scaling.py --sizes a1 a2 a3 a4 a5 a6 --data PATH[=WEIGHT] ... --steps N
     python paper/figure9_scaling.py --rate 0.03                 Figure 9 alone, at a rate that is known
 
 Figure 11: models of four widths at learning rates a factor of two apart, in the standard parametrisation and with µP.
 Figure 9: the rate that is best for the narrowest then trains the ladder of Table 15, and a power law is fitted to the
-lower envelope of all validation losses. Each process trains a model by itself, and takes the next that nobody has:
-for models so small, two processes of one thread are FACTOR times as fast as one of two threads.
+lower envelope of all validation losses. Each process trains a model by itself, and takes the next that nobody has: on
+two cores, two processes of one thread each never wait for one another, as two threads of one process do all the time.
 
 Prints the paper's numbers beside ours, and writes figure9.json and figure9.png to --out, with one line a trained model
 in runs.jsonl. Run again, it trains what is not in there yet, from where that stopped.
@@ -38,7 +38,6 @@ except ImportError:  # Windows, where there must be one process only
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
 
 import data
-import probe
 import toto
 import train
 
@@ -55,8 +54,8 @@ SIZES = SMALL | {name: toto.SIZES[name] for name in TABLE_15}
 # wide and deep they are.
 NARROWEST = {"laptop": replace(SMALL["s1"], dim=16, hidden=64), "paper": SIZES["a1"]}
 RATES = [2.0**-k for k in range(3, 11)]  # Not in the paper, which names 2^-7 alone as the best
-# §4.9: L(C) = a · C^b of the paper, C in MACs as in Fig. 9, and of GPT-3 (Brown et al., 2020, Fig. 3.1), which has C in
-# PetaFLOP/s-days. A MAC is two FLOPs.
+# §4.9: L(C) = a · C^b of the paper, which gives no unit for C; it is drawn in MACs, as Fig. 9 has. And of GPT-3 (Brown
+# et al., 2020, Fig. 3.1), with C in PetaFLOP/s-days; a MAC is two FLOPs.
 PAPER_LAW, GPT3_LAW, MACS_PER_PETAFLOPS_DAY = (7.32, -0.0378), (2.57, -0.048), 1e15 * 86400 / 2
 N_POINTS = 16  # validation losses along a run of Figure 9
 N_VALIDATION = 64  # clips
@@ -134,29 +133,31 @@ def share_jobs(jobs, task, args, device):
 
     Longest first, so that at the end nobody waits long. What a killed process leaves, the next free one takes up.
     """
-    path, numbers, says_so = args.out / "runs.jsonl", {job: i + 1 for i, job in enumerate(jobs)}, True
+    path, numbers, is_waiting = args.out / "runs.jsonl", {job: i + 1 for i, job in enumerate(jobs)}, False
     settings = {job: task.settings | asdict(job) for job in jobs}
     keys = {job: json.dumps(settings[job], sort_keys=True) for job in jobs}
-    args.out.mkdir(parents=True, exist_ok=True)
+    longest_first = sorted(jobs, key=lambda job: job.macs(task, job.steps), reverse=True)
     with open(args.out / "lock", "w") as lock:
-        while left := [job for job in jobs if keys[job] not in finished(path)]:
-            for job in sorted(left, key=lambda job: -job.macs(task, job.steps)):
+        while True:
+            done = finished(path)
+            left = [job for job in longest_first if keys[job] not in done]
+            if not left:
+                return [done[keys[job]] for job in jobs]
+            for job in left:
                 with claimed(lock, job.name) as is_mine:
-                    if not is_mine or keys[job] in finished(path):
+                    if not is_mine or keys[job] in finished(path):  # since `left` was read
                         continue
-                    state = args.out / f"{job.name}.pt"
-                    title = f"{job.name}, {numbers[job]} of {len(jobs)}"
+                    state, title = args.out / f"{job.name}.pt", f"{job.name}, {numbers[job]} of {len(jobs)}"
                     result = train_alone(job, task, state, settings[job], title, args, device)
                     with open(path, "a") as file:  # the line's end comes first: it ends a line that was cut off, too
                         file.write("\n" + json.dumps({"settings": settings[job], "result": result}))
                     state.unlink(missing_ok=True)
                 break  # others may have finished theirs
             else:
-                if says_so:
+                if not is_waiting:
                     print(f"process {place()[0]} waits for the others' last models", file=sys.stderr)
-                says_so = False
+                is_waiting = True
                 time.sleep(1)
-    return [finished(path)[keys[job]] for job in jobs]
 
 
 # One job
@@ -165,8 +166,10 @@ def train_alone(job, task, state, settings, title, args, device):
 
     The last loss is None where training diverges, which large rates may. Not in the paper: warm-up and a cosine to a
     tenth, as train.py has. On the way the rate is higher than at the end of a run that was planned to be so short, so
-    all points but a run's last are somewhat too high (Hoffmann et al., 2022, A.B).
+    all points but a run's last are somewhat too high (Hoffmann et al., 2022, appendix B).
     """
+    if args.compile:
+        torch.compiler.reset()  # it keeps but a few versions of a block, and this model's are new
     torch.manual_seed(job.seed)
     model = toto.Toto(job.config, data.fast_dtype(device)).to(device)
     trained, optimizer = train.distribute(model, args, device), train.make_optimizer(model, job.rate)
@@ -197,43 +200,46 @@ def validation_loss(model, task, args, device):
 
 
 def prepare(steps, args, device):
-    """What jobs of so many steps train on and are measured on; processes come in one by one, and later ones find all.
-
-    Of the built-in world every run sees each clip once, so that nothing is learned by heart: as many clips are
-    tokenized as there are sequences. Of --data as many passes are made as the steps ask for.
-    """
+    """What jobs of so many steps train on and are measured on; processes come in one by one, and later ones find all."""
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "lock", "w") as lock, claimed(lock, "tokens", waits=True):
-        if args.data:
-            specs = [train.parse_spec(spec) for spec in args.data]
-            tokens = train.prepare_sources(args, specs, train.prepare_tokenizer(args, specs, device))
-            grid, meta = next(iter(tokens.values())).meta["grid"], next(iter(tokens.values())).meta
-            n_sequences = train.sequences_in_a_step(args, math.prod(grid), 1)
-            sequences = lambda t, held_out: data.Source(t, args.frames, held_out, step=t.step(args.stride))
-            sources = [sequences(t, False) for t in tokens.values()]
-            held_out, weights = {name: sequences(t, True) for name, t in tokens.items()}, [w for _, w in specs]
-        else:
-            of_world = SimpleNamespace(**vars(args) | {"data": data.WORLD})
-            tokenizer = train.study_tokenizer(of_world, device)
-            grid, specs, weights = tokenizer.grid(args.resolution), data.WORLD, [1.0]
-            n_sequences = train.sequences_in_a_step(args, math.prod(grid), 1)
-            shards = lambda first, n: data.world_shards(range(first, first + n), args.resolution, args.frames)
-            tokenize = lambda name, shards: data.Source(
-                data.tokenize_cached(name, shards, args.out / "tokens", tokenizer, args.resolution, args.stride),
-                args.frames, share=0.0,
-            )  # fmt: skip
-            sources = [tokenize(f"world-{steps * n_sequences}", shards(0, steps * n_sequences))]
-            held_out = {data.WORLD: tokenize("world-validation", shards(FIRST_VALIDATION, N_VALIDATION))}
-            meta = sources[0].tokens.meta
-            check_no_repeats(steps * n_sequences, sources[0])
+        specs, weights, sources, held_out = (mixed_sources if args.data else world_sources)(steps, args, device)
     if not any(len(source) for source in held_out.values()):
-        raise ValueError("no clip was held out of so few: there is no validation loss; give more --data")
-    settings = {"data": specs, "tokenizer": meta["tokenizer"], "grid": list(grid), "frames": args.frames}
-    settings |= {"stride": args.stride, "sequences in a step": n_sequences, "warmup": args.warmup}
-    settings |= {"clips": [len(source) for source in sources]}
-    return SimpleNamespace(sources=sources, weights=weights, held_out=held_out, grid=grid, frames=args.frames,
+        raise ValueError("--data: no clip was held out of so few, so that there is no validation loss; give more")
+    meta = sources[0].tokens.meta
+    n_sequences = train.sequences_in_a_step(args, math.prod(meta["grid"]), 1)
+    settings = {"data": specs, "clips": [len(source) for source in sources], "tokenizer": meta["tokenizer"]}
+    settings |= {"grid": meta["grid"], "frames": args.frames, "stride": args.stride, "warmup": args.warmup}
+    settings |= {"sequences in a step": n_sequences}
+    return SimpleNamespace(sources=sources, weights=weights, held_out=held_out, grid=meta["grid"], frames=args.frames,
                            vocab_size=toto.FIRST_CODE + meta["vocab_size"], n_sequences=n_sequences,
                            settings=settings)  # fmt: skip
+
+
+def mixed_sources(steps, args, device):
+    """§4.9: the mixture of --data, weighed and held out as in train.py, and passed over as often as it takes."""
+    specs = [train.parse_spec(spec) for spec in args.data]
+    tokens = train.prepare_sources(args, specs, train.prepare_tokenizer(args, specs, device))
+    read = lambda t, held_out: data.Source(t, args.frames, held_out, step=t.step(args.stride))
+    held_out = {name: read(t, True) for name, t in tokens.items()}
+    return specs, [weight for _, weight in specs], [read(t, False) for t in tokens.values()], held_out
+
+
+def world_sources(steps, args, device):
+    """The built-in world. A run sees each clip once, so that nothing can be learned by heart: as many are tokenized as
+    there are sequences in it. The world has some two million different clips; a few will be alike by chance.
+    """
+    tokenizer = train.study_tokenizer(SimpleNamespace(**vars(args) | {"data": data.WORLD}), device)
+    n = steps * train.sequences_in_a_step(args, math.prod(tokenizer.grid(args.resolution)), 1)
+
+    def tokenized(name, first, n):
+        shards = data.world_shards(range(first, first + n), args.resolution, args.frames)
+        how = tokenizer, args.resolution, args.stride
+        return data.Source(data.tokenize_cached(name, shards, args.out / "tokens", *how), args.frames, share=0.0)
+
+    source = tokenized(f"{data.WORLD}-{n}", 0, n)
+    check_no_repeats(n, source)
+    return data.WORLD, [1.0], [source], {data.WORLD: tokenized("world-validation", FIRST_VALIDATION, N_VALIDATION)}
 
 
 def check_no_repeats(n, source):
@@ -399,8 +405,8 @@ def print_table_15(rows):
     line = "{:<6}{:>14}{:>8}{:>7}{:>8}{:>16}{:>12}{:>12}"
     print(line.format("", "parameters", "width", "heads", "layers", "training MACs", "loss", "best loss"))
     for name, millions in TABLE_15.items():
-        c = toto.SIZES[name]
-        print(line.format(name, f"{millions:g} M", c.dim, c.n_heads, c.n_layers, "", "", ""))
+        c, ours = toto.SIZES[name], build_without_memory(toto.SIZES[name]).count_parameters() / 1e6
+        print(line.format(name, f"{millions:g} M", c.dim, c.n_heads, c.n_layers, "", "", "") + f"  here {ours:,.1f} M")
     for row in rows:
         c, losses = row["config"], [loss for loss in row["losses"] if loss is not None]
         last, least = row["losses"][-1], f"{min(losses):.4f}" if losses else "-"
@@ -412,7 +418,7 @@ def print_table_15(rows):
 
 def print_fits(fits):
     print("\nFigure 9 (§4.9): validation loss L in nats a token, C in MACs; fits of the lower envelope, 95 % intervals")
-    print(f"{'paper':<22}L = 7.32 · C^-0.0378")
+    print(f"{'paper':<22}L = 7.32 · C^-0.0378, the unit of C not said")
     print(f"{'GPT-3':<22}L = 2.57 · C^-0.048, C in PetaFLOP/s-days (Brown et al., 2020)")
     for words, of_form in fits.items():
         for form, (found, interval) in of_form.items():
@@ -488,7 +494,7 @@ def parse_arguments():
     add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token or media folders (default: the built-in world)")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: out/dvae.pt, or of --data that in --out)")
     add("--rate", type=positive, help="peak learning rate of Figure 9 (default: what Figure 11 finds, trained first)")
-    add("--steps", type=data.number(int, at_least=4), help=f"of each run of Figure 9 {about('steps', 1200)}")
+    add("--steps", type=data.number(int, at_least=4), help=f"of each run of Figure 9 {about('steps', 1500)}")
     add("--sweep-steps", type=count, help="of each run of Figure 11 (default: 250, or a tenth of --steps for a1 to a6)")
     add("--seeds", type=count, default=2, help="runs at each rate of Figure 11, from --seed on; Figure 9 has --seed's")
     about_batch = about("batch_tokens", train.LAPTOP["batch_tokens"])
@@ -500,7 +506,7 @@ def parse_arguments():
     if any((name in SMALL) != args.is_small for name in args.sizes):
         raise ValueError("--sizes: s1 to s6 and a1 to a6 are two ladders; give sizes of one")
     args.sizes = sorted(set(args.sizes), key=list(SIZES).index)
-    for name, value in (train.LAPTOP | {"steps": 1200} if args.is_small else train.PAPER).items():
+    for name, value in (train.LAPTOP | {"steps": 1500} if args.is_small else train.PAPER).items():
         setattr(args, name, getattr(args, name, None) or value)
     args.sweep_steps = args.sweep_steps or (250 if args.is_small else max(args.steps // 10, 1))
     args.asked, args.stride = {"resolution": None}, 4
