@@ -200,7 +200,7 @@ def validation_loss(model, task, args, device):
 
 
 def prepare(steps, args, device):
-    """What jobs of so many steps train on and are measured on; processes come in one by one, and later ones find all."""
+    """What jobs of so many steps train on and are measured on. Processes come in one by one: the first does the work."""
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "lock", "w") as lock, claimed(lock, "tokens", waits=True):
         specs, weights, sources, held_out = (mixed_sources if args.data else world_sources)(steps, args, device)
@@ -400,8 +400,8 @@ def print_sweep(rows, verdicts, args):
 
 
 def print_table_15(rows):
-    print("\nTable 15: the paper's models and, below, those of this run. A.5's text has widths of 64 to 1,536 and 12 to")
-    print("48 layers, which contradicts the table.")
+    print("\nTable 15: the paper's models (here: as toto.py has them), then those of this run. A.5's text contradicts the")
+    print("table: widths of 64 to 1,536, and 12 to 48 layers.")
     line = "{:<6}{:>14}{:>8}{:>7}{:>8}{:>16}{:>12}{:>12}"
     print(line.format("", "parameters", "width", "heads", "layers", "training MACs", "loss", "best loss"))
     for name, millions in TABLE_15.items():
@@ -417,7 +417,7 @@ def print_table_15(rows):
 
 
 def print_fits(fits):
-    print("\nFigure 9 (§4.9): validation loss L in nats a token, C in MACs; fits of the lower envelope, 95 % intervals")
+    print("\nFigure 9 (§4.9): validation loss L in nats a token, C in MACs; fits of the lower envelope, 95 % of b")
     print(f"{'paper':<22}L = 7.32 · C^-0.0378, the unit of C not said")
     print(f"{'GPT-3':<22}L = 2.57 · C^-0.048, C in PetaFLOP/s-days (Brown et al., 2020)")
     for words, of_form in fits.items():
@@ -490,7 +490,8 @@ def parse_arguments():
     parser = data.make_parser("Figures 9 and 11: scaling. Run again, it trains what is left, from where it stopped.")
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name, small: f"(default: {small:,}, or {train.PAPER[name]:,} for a1 to a6)"
-    add("--sizes", nargs="+", default=list(SMALL), choices=SIZES, metavar="SIZE", help="s1 to s6, or Table 15's a1 to a6")
+    words = "s1 to s6, or Table 15's a1 to a6"
+    add("--sizes", nargs="+", default=list(SMALL), choices=SIZES, metavar="SIZE", help=words)
     add("--data", nargs="+", metavar="PATH[=WEIGHT]", help="token or media folders (default: the built-in world)")
     add("--tokenizer", type=Path, help="dvae.pt, or OpenAI's folder (default: out/dvae.pt, or of --data that in --out)")
     add("--rate", type=positive, help="peak learning rate of Figure 9 (default: what Figure 11 finds, trained first)")
