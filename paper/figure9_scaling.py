@@ -200,7 +200,7 @@ def validation_loss(model, task, args, device):
 
 
 def prepare(steps, args, device):
-    """What jobs of so many steps train on and are measured on. Processes come in one by one: the first does the work."""
+    """What jobs of so many steps train on and are measured on. Processes come in one by one; the first does it all."""
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "lock", "w") as lock, claimed(lock, "tokens", waits=True):
         specs, weights, sources, held_out = (mixed_sources if args.data else world_sources)(steps, args, device)
@@ -400,8 +400,8 @@ def print_sweep(rows, verdicts, args):
 
 
 def print_table_15(rows):
-    print("\nTable 15: the paper's models (here: as toto.py has them), then those of this run. A.5's text contradicts the")
-    print("table: widths of 64 to 1,536, and 12 to 48 layers.")
+    print("\nTable 15: the paper's models (here: as toto.py has them), then those of this run.")
+    print("A.5's text contradicts the table: widths of 64 to 1,536, and 12 to 48 layers.")
     line = "{:<6}{:>14}{:>8}{:>7}{:>8}{:>16}{:>12}{:>12}"
     print(line.format("", "parameters", "width", "heads", "layers", "training MACs", "loss", "best loss"))
     for name, millions in TABLE_15.items():
@@ -445,8 +445,9 @@ def judge_fits(fits):
 
 def draw(plt, sweep, rows, fits, path):
     """Figure 11 without and with µP, a curve a width through the means, a dot a seed; Figure 9 with its fits."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
-    for has_mup, panel in ((False, axes[0]), (True, axes[1])):
+    n_panels = 3 if sweep else 1
+    figure, axes = plt.subplots(1, n_panels, figsize=(5 * n_panels + 2, 4), squeeze=False)
+    for has_mup, panel in zip((False, True), axes[0, :-1]):
         for i, row in enumerate(row for row in sweep if row["mup"] == has_mup):
             mean = [math.nan if loss is None else loss for loss in row["mean"]]
             panel.plot(RATES, mean, color=f"C{i}", label=f"width {row['width']}")
@@ -458,9 +459,8 @@ def draw(plt, sweep, rows, fits, path):
         title = f"Figure 11, {'µP' if has_mup else 'standard parametrisation'}"
         panel.set(xlabel="peak learning rate", ylabel="loss, nats a token", title=title, yscale="log")
         panel.set_xscale("log", base=2)
-        if sweep:
-            panel.legend(fontsize="small", frameon=False)
-    panel = axes[2]
+        panel.legend(fontsize="small", frameon=False)
+    panel = axes[0, -1]
     for row in rows:
         macs, losses = curve_of(row)
         panel.plot(macs, losses, marker=".", label=f"{row['name']}, {row['parameters'] / 1e6:.2g} M")
@@ -474,7 +474,7 @@ def draw(plt, sweep, rows, fits, path):
     gpt3 = GPT3_LAW[0] * (macs / MACS_PER_PETAFLOPS_DAY) ** GPT3_LAW[1]
     panel.plot(macs, gpt3, ":", color="grey", label="GPT-3: 2.57 · C^-0.048, C in PF-days")
     panel.set(xscale="log", yscale="log", xlabel="training MACs", ylabel="loss, nats a token", title="Figure 9")
-    panel.legend(fontsize="x-small", frameon=False)
+    panel.legend(fontsize="x-small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
