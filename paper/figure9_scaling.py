@@ -324,7 +324,7 @@ def envelope(macs, losses):
 
 
 def fit_power_law(macs, losses):
-    """§4.9: L = a · C^b, by least squares of log L over log C -> (a, b, 0)."""
+    """§4.9, Fig. 9: L = a · C^b, by least squares of log L over log C -> (a, b, 0)."""
     b, log_a = np.polyfit(np.log(macs), np.log(losses), 1)
     return math.exp(log_a), float(b), 0.0
 

@@ -143,7 +143,7 @@ def learn(heads, sets, model, features, how, state, device):
 
 
 def pick_rates(rates, train, learn_at):
-    """{key: the rate at which a head is best on clips that are held out of the training set, a fifth of it}.
+    """Table 5, Table 14: {key: the rate at which a head is best on a fifth of the training clips, held out of them}.
 
     learn_at(rate, sets) is `learn` at one rate. The clips that the tables report are not even given to this function.
     """

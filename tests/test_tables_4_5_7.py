@@ -38,8 +38,7 @@ def media(tmp_path_factory, untrained_tokenizer):
     model = toto.Toto(replace(toto.SIZES["tiny"], vocab_size=toto.FIRST_CODE + 32))
     tokenizer = untrained_tokenizer.fingerprint()
     checkpoint = {"step": 5, "tokenizer": tokenizer, "stride": 4, "frames": 2, "optimizer": {}}
-    of_model = SimpleNamespace(resolution=32)
-    dvae.save_trained(model, untrained_tokenizer, checkpoint, of_model.resolution, folder / "toto.pt")
+    dvae.save_trained(model, untrained_tokenizer, checkpoint, 32, folder / "toto.pt")
     return folder
 
 
@@ -263,9 +262,9 @@ def test_several_checkpoints(media, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     checkpoint = toto.load_checkpoint(media / "toto.pt")
     config = replace(checkpoint["config"], n_layers=2)
-    small, of = toto.Toto(config), SimpleNamespace(resolution=32)
+    small = toto.Toto(config)
     (tmp_path / "small").mkdir()
-    dvae.save_trained(small, dvae.load(media / "dvae.pt"), checkpoint, of.resolution, tmp_path / "small/toto.pt")
+    dvae.save_trained(small, dvae.load(media / "dvae.pt"), checkpoint, 32, tmp_path / "small/toto.pt")
     words = of_tables(media, tmp_path / "out", "--tables", "14")
     words[2:2] = [tmp_path / "small/toto.pt"]
     call(monkeypatch, tables, words)
