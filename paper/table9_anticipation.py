@@ -526,8 +526,8 @@ class Anticipator(nn.Module):
 
     StillFast adds its video's maps, averaged over time, to those of the last frame, and convolves the sum; here the
     convolution gets both side by side, which can do the same. Not in the paper: a head without proposals (as FCOS),
-    in which each place inside an object's middle answers for it. Manner and time depend on the hand, which may be far
-    away: as in StillFast's head, version 2, they get a summary of the whole clip, here pooled by attention (§3.5).
+    in which each place inside an object's middle answers for it. All depends on the hand, which may be far away: as in
+    StillFast's head, version 2, places get a summary of the whole clip too, here pooled by attention (§3.5).
     """
 
     def __init__(self, config, grid, n_nouns, n_verbs):
@@ -558,10 +558,10 @@ class Anticipator(nn.Module):
 
     def forward(self, features):
         """-> logits of nouns and verbs, each (B, P, classes), ttc in seconds (B, P), boxes in shares (B, P, 4)."""
-        x = self.smooth(F.gelu(self.pyramid(features)))  # (B, C, 2h, 2w)
         clip = self.summary(features[self.layers[len(LEVELS) // 2]])  # (B, C), from the middle layer
+        x = self.smooth(F.gelu(self.pyramid(features))) + clip[:, :, None, None]  # (B, C, 2h, 2w)
         nouns, sides = self.what(x).flatten(2).mT.split([self.counts[0], 4], dim=2)  # each (B, P, …)
-        verbs, ttc = self.how(x + clip[:, :, None, None]).flatten(2).mT.split([self.counts[1], 1], dim=2)
+        verbs, ttc = self.how(x).flatten(2).mT.split([self.counts[1], 1], dim=2)
         return nouns, verbs, F.softplus(ttc[..., 0]), boxes_from(sides, x.shape[2:])
 
 
