@@ -47,7 +47,7 @@ class Config:
             attention scores                                        · √ratio: they shrink with D/H, not its root
 
         A learning rate tuned at the base width should then suit every width, at the same numbers of heads and layers:
-        Fig. 11 says so, at the paper's scale. We have tuned none; the tests only look at how far steps move things.
+        Fig. 11 says so at the paper's scale, and paper/figure9_scaling.py tries it at a laptop's.
         """
         return self.mup_width / self.dim if self.mup_width else 1.0
 
