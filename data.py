@@ -278,6 +278,15 @@ def world_shards(indices, resolution, n_frames=16, name=WORLD):
     return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
 
 
+def checksum(*contents):
+    """What the settings of a run know of weights, ids (as arrays) and labels (for JSON): paths and counts may lie."""
+    total = 0
+    for x in contents:
+        is_array = isinstance(x, (np.ndarray, torch.Tensor))
+        total = zlib.crc32(np.ascontiguousarray(x) if is_array else json.dumps(x).encode(), total)
+    return total
+
+
 def gather_frames(items, count, resolution, seed=0, per_item=16, quiet=False):
     """Up to `count` frames (N, R, R, 3) in memory, at most per_item of an item: what a tokenizer trains on."""
     rng, frames, skipped = np.random.default_rng(seed), [], {}

@@ -23,10 +23,8 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -819,8 +817,7 @@ def pre_train(args, source, tokenizer, device):
             dvae.save_trained(model, tokenizer, checkpoint, args.resolution, args.out / "toto.pt")
         return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
 
-    codes = (training.tokens.codes(i) for i in range(len(training.tokens)))
-    contents = reduce(lambda total, c: zlib.crc32(np.ascontiguousarray(c), total), codes, 0)
+    contents = data.checksum(*(training.tokens.codes(i) for i in range(len(training.tokens))))
     settings = {"tokenizer": tokenizer.fingerprint(), "contents": contents, "frames": training.n_frames}
     return kept_run(args, "pre-training", settings | {"seed": args.seed}, work)
 

@@ -34,9 +34,8 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -549,8 +548,7 @@ def settings_of(args, eye=None):
     settings = {key: getattr(args, key) for key in ("task", "resolution", "wave", "seed")}
     if not isinstance(eye, TrunkEye):
         return settings
-    weights = eye.model.state_dict().values()
-    trunk = reduce(lambda total, p: zlib.crc32(p.cpu().contiguous().numpy(), total), weights, 0)
+    trunk = data.checksum(*(p.cpu() for p in eye.model.state_dict().values()))
     return settings | {"trunk": trunk, "tokenizer": eye.tokenizer.fingerprint(), "layer": eye.layer}
 
 

@@ -620,9 +620,7 @@ def load_views(args, protocol, device):
     untrained = toto.Toto(model.config, model.compute_dtype).to(device).eval().requires_grad_(False)
     sides, models = list(dict.fromkeys(args.resolution)), {UNTRAINED: untrained, OURS: model}
     view_of = lambda side, models, layers: model_view(side, models, tokenizer, layers, protocol, device)
-    weights = 0
-    for parameter in model.parameters():
-        weights = zlib.crc32(parameter.detach().cpu().numpy(), weights)
+    weights = data.checksum(*(parameter.detach().cpu() for parameter in model.parameters()))
     settings = {"checkpoint": weights, "tokenizer": checkpoint["tokenizer"], "layers": layers, "seed": args.seed}
     settings |= {"rope_base": model.config.rope_base, "dtype": str(model.compute_dtype)}
     views, of_patches = ([view_of(side, some, layers) for side in sides] for some in (models, {}))

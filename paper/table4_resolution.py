@@ -145,11 +145,6 @@ def gain(rows, first, second, layer):
     return [100 * (a[layer] - b[layer]) for a, b in zip(of[first], of[second])]
 
 
-def verdict(values):
-    _, low, high = probe.over_seeds(values)
-    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
-
-
 def print_rows(rows, bounds, args):
     """Table 4, the paper's beside ours: means over seeds and their 95 % intervals; then what it claims."""
     middle = (len(rows[0]["top1"][0]) - 1) // 2
@@ -171,7 +166,8 @@ def print_rows(rows, bounds, args):
         print(f"{name}: {100 * top1:.1f}")
     for words, first, second in CLAIMS:
         values = gain(rows, first, second, middle)
-        print(f"{words}: {probe.show_seeds(values)} points at layer {middle}: {verdict(values)}")
+        said = probe.verdict(*probe.over_seeds(values)[1:])
+        print(f"{words}: {probe.show_seeds(values)} points at layer {middle}: {said}")
 
 
 def draw(plt, rows, chance, path):

@@ -1,6 +1,7 @@
 """probe.py: heads against torch's own modules, the table's numbers against a plain count, and what is never changed."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -541,7 +542,7 @@ def test_linear_probe_is_at_its_optimum():
         w -= torch.linalg.solve(hessian + 1e-9 * torch.eye(18), gradient)
     expected = ((one(b) @ w.view(6, 3)).argmax(dim=1) == y_val).double().mean().item()
     assert expected > 0.7
-    assert probe.linear_probe(x, y, x_val, y_val, 3) == pytest.approx(expected, abs=0.006)
+    assert probe.linear_probe(x, y, x_val, y_val, 3).float().mean().item() == pytest.approx(expected, abs=0.006)
 
 
 def test_wilson_interval():
@@ -571,3 +572,9 @@ def test_wrong_folders(setting):
     data.Image.new("RGB", (16, 16)).save(setting / "images" / "train" / "loose.png")
     with pytest.raises(ValueError, match="files must lie in one sub-folder per class"):
         run_probe(setting)
+
+
+def test_verdicts_follow_the_interval():
+    assert [probe.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1), (-math.inf, math.inf))] == [
+        "holds", "does not hold", "cannot tell", "cannot tell",
+    ]  # fmt: skip

@@ -135,14 +135,6 @@ def test_table4(media, tmp_path, monkeypatch, capsys):
         assert all(row[key] == of[row["name"]][key][:1] for key in ("loss", "top1", "untrained"))
 
 
-def test_table4_verdicts():
-    """They follow the interval over seeds and nothing else."""
-    assert table4.verdict([1.0, 1.1, 0.9]) == "holds" and table4.verdict([-1.0, -1.1, -0.9]) == "does not hold"
-    assert table4.verdict([1.0, -1.0, 5.0]) == "cannot tell" and table4.verdict([3.0]) == "cannot tell"
-    rows = [{"name": "a", "top1": [[0, 0.5], [0, 0.25]]}, {"name": "b", "top1": [[1, 0.25], [1, 0.25]]}]
-    assert table4.gain(rows, "a", "b", layer=1) == [25, 0]
-
-
 def test_table4_needs_a_task(media, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
     with pytest.raises(ValueError, match="--data needs --probe"):
