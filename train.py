@@ -755,6 +755,8 @@ def open_task(args, paper, laptop, keep=("resolution",)):
     if args.checkpoint:
         _, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
         config = checkpoint["config"]
+        if args.resolution not in (None, checkpoint["resolution"]):
+            raise ValueError(f"--resolution {args.resolution}: {args.checkpoint} has {checkpoint['resolution']}")
         vars(args).update({key: checkpoint[key] for key in keep})
     for name, value in (laptop if toto.is_tiny(config) else paper).items():
         setattr(args, name, getattr(args, name, None) or value)
@@ -817,6 +819,9 @@ def pre_train(args, source, tokenizer, device):
             dvae.save_trained(model, tokenizer, checkpoint, args.resolution, args.out / "toto.pt")
         return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
 
+    kept = args.out / "runs" / "pre-training.json"
+    if kept.exists() and not (args.out / "toto.pt").exists():
+        raise ValueError(f"{args.out / 'toto.pt'}: is missing, although {kept} is there; remove that")
     contents = data.checksum(*(training.tokens.codes(i) for i in range(len(training.tokens))))
     settings = {"tokenizer": tokenizer.fingerprint(), "contents": contents, "frames": training.n_frames}
     return kept_run(args, "pre-training", settings | {"seed": args.seed}, work)

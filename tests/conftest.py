@@ -27,7 +27,7 @@ def pytest_cmdline_main(config):
     """All tests at once, with nothing said of processes: files of tests side by side, one on each core."""
     is_whole = config.args_source != config.ArgsSource.ARGS and not config.option.keyword
     if is_whole and getattr(config.option, "numprocesses", 0) is None:  # None: pytest-xdist is there, without -n
-        config.option.numprocesses, config.option.dist = os.cpu_count(), "loadfile"
+        config.option.numprocesses, config.option.dist = "auto", "loadfile"
 
 
 def run(arguments, launcher=(sys.executable,), status=0):

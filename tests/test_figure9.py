@@ -87,7 +87,7 @@ def test_the_interval_covers_the_exponent():
         return low <= -0.1 <= high
 
     by_model = [covers(synthetic_curves(seed, 0.02)) for seed in range(60)]
-    assert np.mean(by_model) > 0.75
+    assert np.mean(by_model) > 0.8
     low, high = figure9.bootstrap(synthetic_curves(0, 0), figure9.fit_power_law, n=200)
     assert (low, high) == pytest.approx((-0.1, -0.1))  # without noise there is nothing to doubt
 
@@ -96,10 +96,25 @@ def test_too_few_points_are_no_fit():
     curves = {"s1": (np.array([1.0, 2.0]), np.array([2.0, 3.0]))}
     fits = figure9.fit_all(curves)
     assert fits["all"]["a·C^b"] == (None, None)
-    assert figure9.judge_fits(fits) == [("the loss falls with compute", "cannot tell")]
+    assert [verdict for _, verdict in figure9.judge_fits(fits, curves)] == ["cannot tell", "cannot tell"]
     assert set(figure9.fit_all({f"s{i}": curve for i, curve in enumerate(synthetic_curves(0, 0.03))})) == {
         "all", "without the smallest", "without the largest", "middle four"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("b, spread, ends, exponent", [
+    (-0.0378, 0.0005, "holds", "holds"), (-0.0378, 0.05, "holds", "cannot tell, so wide is it"),
+    (-0.2, 0.01, "holds", "does not hold: steeper here"), (0.02, 0.001, "does not hold", None), (0.0, 0.05, "cannot tell", None),
+])  # fmt: skip
+def test_what_is_said_of_a_ladder(b, spread, ends, exponent):
+    """Runs that end where a known law, or none, has them, off by a random factor each; all curves fall on the way."""
+    rng, macs, curves = np.random.default_rng(4), 1e10 * np.geomspace(0.05, 1, 12), {}
+    for i in range(6):
+        last = (macs[-1] * 4.0**i) ** b * np.exp(spread * rng.standard_normal())
+        slope = b if exponent else -0.3
+        curves[f"s{i}"] = macs * 4.0**i, last * (macs / macs[-1]) ** slope
+    judged = [verdict for _, verdict in figure9.judge_fits(figure9.fit_all(curves), curves)]
+    assert judged[0] == ends and exponent in (None, judged[1])
 
 
 # Figure 11
@@ -115,8 +130,9 @@ def test_best_rate_is_the_parabola_s_lowest_point():
 
 
 @pytest.mark.parametrize("drift, words", [
-    ({0: (2, 2), 1: (0.5, 0)}, ["holds", "holds"]), ({0: (0, 0.4), 1: (2, 2)}, ["does not hold", "does not hold"]),
-    ({0: (0.5, 2), 1: (0.5, 2)}, ["cannot tell", "cannot tell"]),
+    ({0: (2, 2.01), 1: (0.5, 0.52)}, ["holds", "holds"]),
+    ({0: (0.41, 0.4), 1: (2, 2.01)}, ["does not hold", "does not hold"]),
+    ({0: (0.5, 2), 1: (0.5, 2)}, ["cannot tell", "cannot tell"]), ({0: (2, 3), 1: (0.1, 0.9)}, ["cannot tell"] * 2),
 ])  # fmt: skip
 def test_verdicts(drift, words):
     """Losses whose best rate falls, from the narrowest to the widest, by these powers of two with each seed."""
