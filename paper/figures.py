@@ -69,13 +69,17 @@ class Curve:
         """For figures.json, which has null for NaN."""
         triples = [[None if np.isnan(value) else value for value in row] for row in self.triples.tolist()]
         report = {"label": self.label, "random weights": self.is_floor, "x": self.x.tolist(), "values": triples}
-        return report | ({"best less last": self.lead()} if self.lead() else {})
+        return report | self.leads()
 
-    def lead(self):
-        """The best place less the last, paired over seeds. That the best is picked on these very seeds favours it."""
-        best = self.triples[:, 0].argmax()
-        if len(self.of_seeds) > 1 and best < len(self.x) - 1:
-            return probe.over_seeds([values[best] - values[-1] for values in self.of_seeds])
+    def leads(self):
+        """{"middle less last", "best less last"}, paired over seeds; {} of one seed.
+
+        The first is what the paper says of all its models. The best is picked on these very seeds, which favours it.
+        """
+        places = {"middle": abs(self.x - 0.5).argmin(), "best": self.triples[:, 0].argmax()}
+        lead = lambda place: probe.over_seeds([values[place] - values[-1] for values in self.of_seeds])
+        before = {name: place for name, place in places.items() if len(self.of_seeds) > 1 and place < len(self.x) - 1}
+        return {f"{name} less last": lead(place) for name, place in before.items()}
 
 
 # Reading.
@@ -306,8 +310,8 @@ def print_depth(figure, panels):
             best, middle = int(curve.triples[:, 0].argmax()), int(abs(curve.x - 0.5).argmin())
             label = f"{curve.label}, random weights" if curve.is_floor else curve.label
             words = f"best {show(curve.triples[best])} at {curve.x[best]:.0%} of the depth"
-            lead = f"; best less last {show(curve.lead())}" if curve.lead() else ""
-            print(f"    {label}: {words}; middle {show(curve.triples[middle])}; last {show(curve.triples[-1])}{lead}")
+            leads = "".join(f"; {name} {show(lead)}" for name, lead in curve.leads().items())
+            print(f"    {label}: {words}; middle {show(curve.triples[middle])}; last {show(curve.triples[-1])}{leads}")
 
 
 def figures_over_depth(args, missing):
