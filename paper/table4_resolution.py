@@ -9,6 +9,9 @@ pre-trained at one of the two, or at the low one and then fine-tuned at the high
 times as large. Linear probes of every layer, each at the resolution that the model was last trained at, say how good
 the features are. The paper's four rows differ in compute; two more, at the compute of the fine-tuned ones, do not.
 
+The built-in images have as much to see at the low resolution, whose tokens are the cells that they are drawn in: there,
+what the high one adds cannot show, but what it costs. Photographs have more (--data, --probe).
+
 Prints the paper's table beside ours, and writes to --out: table4.json, table4.png and the models that are fine-tuned,
 low-SEED.pt, which are checkpoints for all programs. Run again, it resumes where it stopped.
 """
@@ -98,7 +101,7 @@ def flops(row, model, n_sequences, n_tokens, args):
 def run(row, seed, sets, tokenizer, args, device):
     """{"loss" on held-out images, in nats a token, "top1" of each layer, "untrained": that before training, "flops"}.
 
-    The first two rows alone are probed before training: the others begin as one of them does.
+    The first two rows alone are probed before training: the others begin as one of them does, but for RoPE's base.
     `sets` are those of probe.image_sets by resolution, {is_high: …}. A fine-tuned row starts from the weights of the
     first row with the same seed. Not in the paper: fine-tuning has a warm-up and a cosine of its own, from the same
     peak rate; the optimizer's moments start from zero.
@@ -187,7 +190,7 @@ def draw(plt, rows, chance, path):
         axis.set(xscale="log", xlabel="compute, of dVAE/16's", ylabel="top-1 of a linear probe, %", title=title)
         axis.set_xticks([1, 1.5, 4], ["1", "1.5", "4"], minor=False)
         axis.minorticks_off()
-    axes[1].legend(fontsize="small", frameon=False)
+    axes[1].legend(fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.68, 0.07))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
