@@ -263,6 +263,7 @@ def test_processes_share_the_models(tokenizer, tmp_path, monkeypatch):
     done = run(command(tokenizer, tmp_path / "two", "--sizes", "s1", "s2", "s3", *extra), PAIR)
     assert sorted(line["settings"]["name"] for line in lines_of(tmp_path / "two")) == ["s1", "s2", "s3"]
     assert done.stdout.count("Figure 9") == 1
+    assert all(f"{name}, {i} of 3" in done.stderr for i, name in enumerate(("s1", "s2", "s3"), start=1))
     monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path / "one", *extra, "--sizes", "s1"))
     figure9.main()
     of_s1 = lambda out: [line["result"] for line in lines_of(tmp_path / out) if line["settings"]["name"] == "s1"]

@@ -519,6 +519,9 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     run(["sample.py", "--checkpoint", path, "--out", str(tmp_path / "s"), "--samples", "1", "--frames", "5"])
     run(["train.py", "--export", str(tmp_path / "hf"), "--init-from", path])
     assert (tmp_path / "s/sample.gif").exists() and (tmp_path / "hf/model.safetensors").exists()
+    (tmp_path / "two/toto.pt").unlink()
+    with pytest.raises(ValueError, match="toto.pt: is missing, although .*pre-training.json is there; remove that"):
+        table9.main()
 
 
 def test_a_resolution_that_cells_do_not_divide(tokenizer, tmp_path):
@@ -594,6 +597,9 @@ def test_ego4d_with_a_checkpoint(ego4d, tokenizer, tmp_path, monkeypatch, capsys
     table9.main()
     captured = capsys.readouterr()
     assert "skipped 2 file(s) that cannot be read: a4, a6" in captured.err
+    monkeypatch.setattr(sys, "argv", [*words, "--resolution", "24"])
+    with pytest.raises(ValueError, match="--resolution 24: .*toto.pt has 16$"):
+        table9.main()
     report = json.loads((tmp_path / "out/table9.json").read_text())
     assert report["clips"] == [6, 6] and list(report["rows"]) == list(table9.KINDS)
     (ego4d / "fho_sta_val.json").write_text("[]")
