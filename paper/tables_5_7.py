@@ -248,7 +248,7 @@ def figure(runs):
     shares = [run["top1"] for run in runs]
     share = float(np.mean(shares))
     over_clips = share, *probe.wilson(share, len(runs[0]["right"]))
-    return tuple(100 * x for x in wider(shares, over_clips))
+    return tuple(100 * min(max(x, 0), 1) for x in wider(shares, over_clips))
 
 
 def difference(runs, others):
@@ -384,17 +384,19 @@ def draw(plt, report, args, path):
     for table, axis in zip(tables, axes.flat):
         rows = [row for row in rows_of(table, report["rows"]) if main_layer(row)]
         for i, row in enumerate(rows):
-            for offset, key, colour in ((-0.2, "top1", "C0"), (0.2, "floor", "lightgrey")):
+            kinds = (-0.2, "top1", "C0", "trained"), (0.2, "floor", "lightgrey", "random weights")
+            for offset, key, colour, label in kinds:
                 value, low, high = (min(max(x, 0), 100) for x in row[key])
-                axis.bar(i + offset, value, 0.38, color=colour)
+                axis.bar(i + offset, value, 0.38, color=colour, label=label if i == 0 else None)
                 axis.vlines(i + offset, low, high, color="black", linewidth=1)
         several = len({row["model"] for row in rows}) > 1
         head = lambda row: "full" if PROTOCOLS[row["protocol"]].attention == "full" else row["pool"]
-        names = [f"{row['task']}\n{head(row)}" + (f"\n{Path(row['model']).parent.name}" if several else "")
+        names = [f"{PROTOCOLS[row['protocol']].medium}\n{row['task']}\n{head(row)}" + (f"\n{Path(row['model']).parent.name}" if several else "")
                  for row in rows]  # fmt: skip
         axis.set_xticks(range(len(rows)), names, fontsize="x-small")
         axis.set_title(TITLES[table], fontsize="small")
         axis.set(ylabel="top-1, %", ylim=(0, 105))
+        axis.legend(fontsize="x-small", frameon=False)
     for axis in axes.flat[len(tables) :]:
         axis.axis("off")
     plot.tight_layout()
