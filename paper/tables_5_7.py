@@ -391,8 +391,9 @@ def draw(plt, report, args, path):
                 axis.vlines(i + offset, low, high, color="black", linewidth=1)
         several = len({row["model"] for row in rows}) > 1
         head = lambda row: "full" if PROTOCOLS[row["protocol"]].attention == "full" else row["pool"]
-        names = [f"{PROTOCOLS[row['protocol']].medium}\n{row['task']}\n{head(row)}" + (f"\n{Path(row['model']).parent.name}" if several else "")
-                 for row in rows]  # fmt: skip
+        medium = lambda row: PROTOCOLS[row["protocol"]].medium
+        model = lambda row: f"\n{Path(row['model']).parent.name}" if several else ""
+        names = [f"{medium(row)}\n{row['task']}\n{head(row)}{model(row)}" for row in rows]
         axis.set_xticks(range(len(rows)), names, fontsize="x-small")
         axis.set_title(TITLES[table], fontsize="small")
         axis.set(ylabel="top-1, %", ylim=(0, 105))
