@@ -370,8 +370,10 @@ def bootstrap(curves, fit, n=1000):
     """The 95 % interval of the exponent b, over which models there happened to be: they are drawn again, as many as
     there are, each with its whole curve. Points of one curve go together and would make it much too narrow by
     themselves. A model that is drawn twice changes no envelope. With so few models such an interval has the truth in it
-    in about 90 of 100 simulated ladders, not 95. None where hardly any draw can be fitted.
+    in about 90 of 100 simulated ladders, not 95. None of fewer than four, or where hardly any draw can be fitted.
     """
+    if len(curves) < 4:
+        return None
     rng = np.random.default_rng(0)
     fit_of = lru_cache(maxsize=None)(lambda drawn: fit_envelope([curves[i] for i in drawn], fit))
     fits = [fit_of(tuple(sorted(set(rng.integers(len(curves), size=len(curves)).tolist())))) for _ in range(n)]
@@ -385,7 +387,8 @@ def fit_all(curves):
     subsets = {"all": names, "without the smallest": names[1:], "without the largest": names[:-1]}
     subsets |= {"middle four": names[1:-1]} if len(names) == 6 else {}
     forms = {"a·C^b": fit_power_law, "c + a·C^b": fit_with_floor}
-    chosen = {words: [curves[name] for name in subset] for words, subset in subsets.items() if subset}
+    large = {words: subset for words, subset in subsets.items() if len(subset) > 1 or words == "all"}
+    chosen = {words: [curves[name] for name in subset] for words, subset in large.items()}
     return {words: {form: (fit_envelope(some, fit), bootstrap(some, fit)) for form, fit in forms.items()}
             for words, some in chosen.items()}  # fmt: skip
 

@@ -355,6 +355,9 @@ def parse_arguments():
     add("--results", nargs="+", type=Path, default=[Path("paper/results")], help=words)
     add("--out", default="out/figures", type=data.output_folder, help="folder for the pictures and figures.json")
     args = parser.parse_args()
+    for folder in [folder for _, folders in args.runs or [] for folder in folders] + args.results:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
     args.runs = args.runs or [("tiny", [Path("out")])]
     if len(dict(args.runs)) < len(args.runs):
         raise ValueError("--runs: two models have the same label; give each LABEL=FOLDER")

@@ -819,7 +819,6 @@ def draw(plt, report, picture, path, args):
                 axes.bar(x, mean, 0.38, color=colour, alpha=1 - 0.5 * k, label=metric if j == 0 else None)
                 if len(runs) > 1:
                     axes.vlines(x, max(low, 0), min(high, 100), color="black")
-        axes.axhline(PAPER["Toto-large"][i], linestyle=":", color="grey", label="Toto-large, on Ego4D, top-5")
         axes.set_xticks(range(len(rows)), list(rows), rotation=50, ha="right", fontsize="small")
         axes.set(title=f"{column}: mAP, %", ylim=(0, 105))
     axes.legend(fontsize="x-small", frameon=False)

@@ -298,7 +298,8 @@ def collect(args, device):
                     row[start] = [{key: r[key] for key in ("lr", "top1", "right")} for r in of_start]
                 report["rows"].append(row | {"top1": figure(row["trained"]), "floor": figure(row["untrained"])})
     if not report["rows"]:
-        raise ValueError(f"--data {args.data}: no table of {', '.join(args.tables)} is of such media")
+        kind = "images" if {"8", "16"} & set(args.tables) else "videos"
+        raise ValueError(f"--data {args.data}: holds {kind}, which no table of {', '.join(args.tables)} is about")
     report["claims"] = claims(report["rows"], args.tables)
     return report
 

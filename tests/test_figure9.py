@@ -97,6 +97,8 @@ def test_too_few_points_are_no_fit():
     fits = figure9.fit_all(curves)
     assert fits["all"]["a·C^b"] == (None, None)
     assert [verdict for _, verdict in figure9.judge_fits(fits, curves)] == ["cannot tell", "cannot tell"]
+    three = {f"s{i}": curve for i, curve in enumerate(synthetic_curves(0, 0.03)[:3])}
+    assert figure9.fit_all(three)["all"]["a·C^b"][1] is None  # three models draw hardly any other ladders
     assert set(figure9.fit_all({f"s{i}": curve for i, curve in enumerate(synthetic_curves(0, 0.03))})) == {
         "all", "without the smallest", "without the largest", "middle four"
     }  # fmt: skip
@@ -332,7 +334,11 @@ def test_two_ladders_do_not_mix(monkeypatch):
 
 
 def test_defaults_are_the_papers(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["figure9_scaling.py", "--sizes", "a2", "a1", "--steps", "1000"])
+    words = ["figure9_scaling.py", "--sizes", "a2", "a1", "--steps", "1000"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match="a1 to a6 need --data"):
+        figure9.parse_arguments()
+    monkeypatch.setattr(sys, "argv", [*words, "--data", "tokens"])
     args = figure9.parse_arguments()
     assert (args.sizes, args.steps, args.sweep_steps) == (["a1", "a2"], 1000, 100)
     assert (args.resolution, args.frames, args.batch_tokens, args.warmup) == (128, 16, 2**20, 2000)

@@ -162,8 +162,11 @@ def test_missing_runs_are_named_and_the_rest_is_drawn(tmp_path):
     assert report["Figure 2"][0]["values"] == [[2.0, None, None]]
 
 
-@pytest.mark.parametrize("runs, words", [(["nowhere"], "nothing to draw"), (["a=x", "a=y"], "same label")])
+@pytest.mark.parametrize("runs, words", [
+    (["nowhere"], "^nowhere: no such folder$"), (["."], "nothing to draw"), (["a=.", "a=."], "same label"),
+])  # fmt: skip
 def test_nothing_to_draw_and_equal_labels_are_refused(tmp_path, runs, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     where = ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["figures.py", "--runs", *runs, *where])
     with pytest.raises(ValueError, match=words):
