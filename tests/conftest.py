@@ -22,14 +22,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 PAIR = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """All tests at once, with nothing said of processes: files of tests side by side, one on each core."""
-    is_whole = config.args_source != config.ArgsSource.ARGS and not config.option.keyword
-    if is_whole and getattr(config.option, "numprocesses", 0) is None:  # None: pytest-xdist is there, without -n
-        config.option.numprocesses, config.option.dist = "auto", "loadfile"
-
-
 def run(arguments, launcher=(sys.executable,), status=0):
     """Run a program as a user does, in a process of its own."""
     # One that hangs fails.
