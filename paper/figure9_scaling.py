@@ -585,6 +585,9 @@ def main():
     print_fits(fits, fits_verdicts)
     result = {"figure 11": {"rates": RATES, "rows": rows, "verdicts": verdicts}, "rate": rate, "figure 9": models}
     result |= {"fits": fits, "verdicts": fits_verdicts, "paper": PAPER_LAW, "GPT-3": GPT3_LAW}
+    result["shifts"] = {claim: probe.over_seeds(shifts) for claim, _, shifts in verdicts if len(shifts) > 1}
+    pairs = [(f"{words}, {form}", *of) for words, of_form in fits.items() for form, of in of_form.items()]
+    result["exponents"] = {name: {"b": [f[1], *interval], "c": f[2]} for name, f, interval in pairs if f and interval}
     data.write_json(result, args.out / "figure9.json")
     draw(plt, rows, models, fits, args.out / "figure9.png")
     print(f"wrote {args.out / 'figure9.json'} and {args.out / 'figure9.png'}")

@@ -880,6 +880,10 @@ def main():
         }.items()
     }
     guesses = baselines(sets).items()
+    report["over seeds"] = {
+        kind: {f"{m} {c}": probe.over_seeds([run[m][c] for run in runs]) for m, c in metrics}
+        for kind, runs in report["rows"].items() if len(runs) > 1
+    }  # fmt: skip
     report["rows"] |= {name: [scores_of(found, sets["val"].objects)] for name, found in guesses}
     if data.rank() == 0:
         data.write_json(report, args.out / "table9.json")
