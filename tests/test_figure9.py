@@ -106,7 +106,8 @@ def test_too_few_points_are_no_fit():
 
 @pytest.mark.parametrize("b, spread, ends, exponent", [
     (-0.0378, 0.0005, "holds", "holds"), (-0.0378, 0.05, "holds", "cannot tell, so wide is it"),
-    (-0.2, 0.01, "holds", "does not hold: steeper here"), (0.02, 0.001, "does not hold", None), (0.0, 0.05, "cannot tell", None),
+    (-0.2, 0.01, "holds", "does not hold: steeper here"), (0.02, 0.001, "does not hold", None),
+    (0.0, 0.05, "cannot tell", None),
 ])  # fmt: skip
 def test_what_is_said_of_a_ladder(b, spread, ends, exponent):
     """Runs that end where a known law, or none, has them, off by a random factor each; all curves fall on the way."""

@@ -82,7 +82,8 @@ def test_accuracy_over_depth_has_the_report_s_interval_or_that_over_seeds(tmp_pa
     over = figures.depth_curves("tiny", paths)["motion", 2]["average"][0]
     half = 4.303 * 2 / np.sqrt(3)  # three runs with a standard deviation of 2
     np.testing.assert_allclose(over.triples, [[x, x - half, x + half] for x in (22, 52, 42)])
-    np.testing.assert_allclose(over.leads()["best less last"], [10, 10, 10])  # paired: what the seeds have in common goes
+    # Paired: what the seeds have in common goes.
+    np.testing.assert_allclose(over.leads()["best less last"], [10, 10, 10])
     assert "best less last" in over.report() and "best less last" not in trained.report()
 
 
