@@ -158,7 +158,7 @@ def learn_averages(sets, features, layer, device):
 
 
 def pick_rates(rates, train, learn_at):
-    """Table 5, Table 14: {key: the rate at which a head is best on a fifth of the training clips, held out of them}.
+    """Table 5, Table 14: {key: the rate at which attention is best on a fifth of the training clips, held out of them}.
 
     learn_at(rate, sets) is `learn` at one rate. The clips that the tables report are not even given to this function.
     """
