@@ -516,7 +516,7 @@ def baselines(sets):
 # Not in the paper: the levels' sizes, as shares of the token grid. Tokens have one size at all layers, so the first
 # layer is enlarged, for the boxes' edges, and the last two are halved: what they know soon reaches all places.
 LEVELS = (2, 1, 1, 0.5, 0.5)
-PRIOR = 0.01  # of a place to show a next object, before training: as in RetinaNet, or the many empty places would rule
+PRIOR = 0.01  # that a place shows the next object, before training: as in RetinaNet, or the many empty ones would rule
 
 
 def five_layers(n_layers):
@@ -525,7 +525,7 @@ def five_layers(n_layers):
 
 
 class Anticipator(nn.Module):
-    """Tokens of five layers -> for each place of the finest level: nouns, verbs, ttc and a box (§4.4, StillFast).
+    """Tokens of five layers -> for each place of the finest level: next object or not, noun, verb, ttc, box (§4.4).
 
     StillFast adds its video's maps, averaged over time, to those of the last frame, and convolves the sum; here the
     convolution gets both side by side, which can do the same. Not in the paper: a head without proposals (as FCOS),
@@ -541,9 +541,9 @@ class Anticipator(nn.Module):
         self.norms = nn.ModuleList(probe.FeatureNorm(config.dim) for _ in LEVELS)
         self.lateral = nn.ModuleList(nn.Conv2d(2 * config.dim, C, 3, padding=1) for _ in LEVELS)
         self.smooth, self.summary = convolve(), probe.AttentionPool(config.dim, config.n_heads, C)
-        self.what = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, n_nouns + 4, 1))
+        self.what = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, 1 + n_nouns + 4, 1))
         self.how = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, n_verbs + 1, 1))
-        nn.init.constant_(self.what[-1].bias[:n_nouns], -math.log((1 - PRIOR) / PRIOR))
+        nn.init.constant_(self.what[-1].bias[:1], -math.log((1 - PRIOR) / PRIOR))
 
     def pyramid(self, features):
         """{l: (B, T, D)} -> the finest level (B, C, 2h, 2w): from the last layer to the first, added up on the way."""
@@ -560,12 +560,12 @@ class Anticipator(nn.Module):
         return top
 
     def forward(self, features):
-        """-> logits of nouns and verbs, each (B, P, classes), ttc in seconds (B, P), boxes in shares (B, P, 4)."""
+        """-> logits of next objects (B, P), nouns, verbs (B, P, classes), ttc in s (B, P), boxes in shares (B, P, 4)."""
         clip = self.summary(features[self.layers[len(LEVELS) // 2]])  # (B, C), from the middle layer
         x = self.smooth(F.gelu(self.pyramid(features))) + clip[:, :, None, None]  # (B, C, 2h, 2w)
-        nouns, sides = self.what(x).flatten(2).mT.split([self.counts[0], 4], dim=2)  # each (B, P, …)
+        objects, nouns, sides = self.what(x).flatten(2).mT.split([1, self.counts[0], 4], dim=2)  # each (B, P, …)
         verbs, ttc = self.how(x).flatten(2).mT.split([self.counts[1], 1], dim=2)
-        return nouns, verbs, F.softplus(ttc[..., 0]), boxes_from(sides, x.shape[2:])
+        return objects[..., 0], nouns, verbs, F.softplus(ttc[..., 0]), boxes_from(sides, x.shape[2:])
 
 
 @lru_cache
@@ -601,26 +601,28 @@ def assign(boxes, size):
 
 
 def losses(answers, truths, size):
-    """{"noun", "box", "verb", "ttc"}: StillFast's four, over the places that answer for an object.
+    """{"object", "box", "noun", "verb", "ttc"}: StillFast's, over the places that answer for an object.
 
-    Not in the paper: nouns by the focal loss, over all places, and boxes by IoU, which suit a head without proposals.
+    Not in the paper: in place of proposals, "object" tells these places from all others, by the focal loss, and boxes
+    are learned by IoU. One focal loss for each noun, as in RetinaNet, hardly taught the nouns in so few steps.
     """
-    nouns, verbs, ttc, boxes = answers
-    goal, rows, found = torch.zeros_like(nouns), [], []
+    objects, nouns, verbs, ttc, boxes = answers
+    goal, rows, found = torch.zeros_like(objects), [], []
     for b, (true_boxes, noun, verb, true_ttc) in enumerate(truths):
         of = assign(true_boxes, size)
         here = (of >= 0).nonzero()[:, 0]
-        goal[b, here, noun[of[here]]] = 1
+        goal[b, here] = 1
         rows.append(torch.stack((torch.full_like(here, b), here)))
-        found.append([part[of[here]] for part in (true_boxes, verb, true_ttc)])
-    b, here = torch.cat(rows, dim=1).to(nouns.device)
-    box, verb, true_ttc = (torch.cat(parts).to(nouns.device) for parts in zip(*found))
-    p = torch.sigmoid(nouns)
-    surprise = F.binary_cross_entropy_with_logits(nouns, goal, reduction="none")
+        found.append([part[of[here]] for part in (true_boxes, noun, verb, true_ttc)])
+    b, here = torch.cat(rows, dim=1).to(objects.device)
+    box, noun, verb, true_ttc = (torch.cat(parts).to(objects.device) for parts in zip(*found))
+    p = torch.sigmoid(objects)
+    surprise = F.binary_cross_entropy_with_logits(objects, goal, reduction="none")
     focal = torch.where(goal > 0, 0.25 * (1 - p) ** 2, 0.75 * p**2) * surprise  # α = 0.25, γ = 2 (Lin et al., 2017)
     return {
-        "noun": focal.sum() / len(b),
+        "object": focal.sum() / len(b),
         "box": 1 - overlaps(boxes[b, here], box).diagonal().mean(),
+        "noun": F.cross_entropy(nouns[b, here], noun),
         "verb": F.cross_entropy(verbs[b, here], verb),
         "ttc": F.smooth_l1_loss(ttc[b, here], true_ttc),
     }
@@ -628,7 +630,7 @@ def losses(answers, truths, size):
 
 # StillFast's; the verb's is --verb-weight. Not in the paper: the box's, 1, another loss here; and the verb's
 # on a laptop, 1: with StillFast's 0.1 a few hundred steps hardly teach it.
-WEIGHTS = {"noun": 1.0, "box": 1.0, "ttc": 0.5}
+WEIGHTS = {"object": 1.0, "box": 1.0, "noun": 1.0, "ttc": 0.5}
 
 
 def suppress(boxes, scores, limit=0.5):
@@ -643,10 +645,11 @@ def suppress(boxes, scores, limit=0.5):
 def detections(answers, scale, n_best=50, n_kept=20):
     """One clip's answers -> its predictions [{"box" in pixels, "noun", "verb", "ttc", "score"}], the best first.
 
-    Not in the paper: the score is the noun's alone; each box has its most probable verb, as in StillFast.
+    The score is that of the noun there, whatever the verb; each box has its most probable verb, as in StillFast.
     """
-    nouns, verbs, ttc, boxes = (part.float() for part in answers)  # (P, …)
-    score, index = nouns.sigmoid().flatten().topk(min(n_best, nouns.numel()))
+    objects, nouns, verbs, ttc, boxes = (part.float() for part in answers)  # (P, …)
+    scores = objects.sigmoid()[:, None] * nouns.softmax(dim=1)  # (P, nouns)
+    score, index = scores.flatten().topk(min(n_best, scores.numel()))
     place, noun = index // nouns.shape[1], index % nouns.shape[1]
     boxes = boxes[place].clamp(0, 1)
     kept = suppress(boxes + 2 * noun[:, None], score)[:n_kept]  # moved apart: each noun for itself

@@ -321,12 +321,13 @@ def test_suppression_against_a_slow_form():
 
 def test_detections_are_the_best_places():
     """Two places with two nouns: pixels of the original, one per noun where boxes are alike, the best first."""
-    nouns, verbs = torch.full((4, 3), -9.0), torch.zeros(4, 2)
-    nouns[0, 1], nouns[1, 1], nouns[2, 2], verbs[2, 1] = 3.0, 2.0, 1.0, 1.0
+    objects, nouns, verbs = torch.tensor([3.0, 2.0, 1.0, -9.0]), torch.zeros(4, 3), torch.zeros(4, 2)
+    nouns[0, 1], nouns[1, 1], nouns[2, 2], verbs[2, 1] = 9.0, 9.0, 9.0, 1.0
     boxes = torch.tensor([[0, 0, 0.5, 0.5]] * 3 + [[0.5, 0.5, 1, 1.2]])
-    found = table9.detections((nouns, verbs, torch.arange(4.0), boxes), torch.tensor([200, 100, 200, 100]))
+    found = table9.detections((objects, nouns, verbs, torch.arange(4.0), boxes), torch.tensor([200, 100, 200, 100]))
     assert [(f["noun"], f["verb"], f["ttc"]) for f in found[:2]] == [(1, 0, 0.0), (2, 1, 2.0)]
-    assert found[0]["box"] == [0, 0, 100, 50] and found[0]["score"] == pytest.approx(1 / (1 + np.exp(-3)))
+    odds = 1 / (1 + np.exp(-3)) * np.exp(9) / (np.exp(9) + 2)  # that it is the next object, and of this noun
+    assert found[0]["box"] == [0, 0, 100, 50] and found[0]["score"] == pytest.approx(odds)
     assert [100, 50, 200, 100] in [f["box"] for f in found] and len(found) <= 20
 
 
