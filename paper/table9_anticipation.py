@@ -560,7 +560,7 @@ class Anticipator(nn.Module):
         return top
 
     def forward(self, features):
-        """-> logits of next objects (B, P), nouns, verbs (B, P, classes), ttc in s (B, P), boxes as shares (B, P, 4)."""
+        """-> logits of next objects (B, P), nouns, verbs (B, P, classes), ttc in s (B, P), boxes (B, P, 4)."""
         clip = self.summary(features[self.layers[len(LEVELS) // 2]])  # (B, C), from the middle layer
         x = self.smooth(F.gelu(self.pyramid(features))) + clip[:, :, None, None]  # (B, C, 2h, 2w)
         objects, nouns, sides = self.what(x).flatten(2).mT.split([1, self.counts[0], 4], dim=2)  # each (B, P, …)
