@@ -232,12 +232,13 @@ def load_sets(args, checkpoint, tokenizer):
     """The training and validation ProbeSet of --data, or of the built-in world."""
     sets, resolution, stride = [], args.resolution or checkpoint["resolution"], checkpoint["stride"]
     n_views, n_crops = args.views
+    for folder in (Path(args.data) / "train", Path(args.data) / "val") if args.data else ():
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; --data needs train/<class>/* and val/<class>/*")
     for split, world in (("train", WORLD_TRAIN), ("val", WORLD_VAL)):
         how = (1, args.crops) if split == "train" else (n_views, n_crops, sets[0].classes)
         crops = data.THREE if split == "val" and n_crops == 3 else how[1]
         source, step = Path(args.data) / split if args.data else f"world-{split}", 1
-        if args.data and not source.is_dir():
-            raise ValueError(f"{source}: no such folder; --data needs train/<class>/* and val/<class>/*")
         if args.data and data.is_token_folder(source):
             tokens, grid = data.Tokens(source), tokenizer.grid(resolution)
             made = {"tokenizer": checkpoint["tokenizer"], "resolution": resolution, "grid": grid, "crops": crops}
