@@ -4,7 +4,8 @@
     frames -> tokens     tokenize: crop, encode with the dVAE, store codes in a token folder
     tokens -> sequences  Mixture: sources mixed by weight (§3.3), [start] + F frames in raster order + [end] (§3.4)
 
-    python data.py MEDIA... --out tokens/NAME      tokenize files or folders of images and videos once, for all training
+    python data.py MEDIA... --out tokens/NAME      tokenize files or folders of images and videos once for all;
+                                                   run again, it resumes
 
 A token folder holds numbered shards, each an array NNNNN.npy of uint16 codes (frames, h, w) and an index NNNNN.json of
 the clips in it (name, number of frames, labels), and meta.json, which names the tokenizer, the resolution and the
@@ -936,8 +937,8 @@ def run(main):
         sys.exit(2)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults, but for flags whose own text says what happens without them."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the lines as they are, and the defaults but for flags whose own text says what happens without."""
 
     def _get_help_string(self, action):
         if isinstance(action.default, list):
@@ -982,8 +983,7 @@ def number(kind, at_least=-math.inf, above=-math.inf, multiple_of=None):
 def main():
     import dvae  # the one exception to the direction of imports: only this program loads a tokenizer
 
-    words = "Turn images and videos into a folder of tokens. Run again, it resumes where it stopped."
-    parser = make_parser(words, has_seed=False)
+    parser = make_parser(__doc__, has_seed=False)
     add, count = parser.add_argument, number(int, at_least=1)
     add("media", nargs="+", help="files, or folders, of images and videos")
     add("--out", required=True, type=Path, help="the token folder to write")

@@ -693,7 +693,7 @@ def reconstruct(paths, tokenizer_path, out, resolution, stride, device):
 
 
 def main():
-    parser = data.make_parser("Train a tokenizer, or show what one keeps. Run again, it resumes where it stopped.")
+    parser = data.make_parser(__doc__)
     add, count = parser.add_argument, data.number(int, at_least=1)
     add("--data", nargs="+", default=[data.WORLD], metavar="PATH", help="folders of media, or world: the built-in one")
     add("--reconstruct", nargs="+", metavar="FILE", help="no training: draw what --out keeps of images and videos")

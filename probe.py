@@ -613,7 +613,7 @@ def parse_views(text):
 
 
 def parse_arguments():
-    parser = data.make_parser("Probe the layers of a frozen model, or fine-tune it. Run again, it resumes.")
+    parser = data.make_parser(__doc__)
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name: f"(default: {PAPER[name]:g}, or {LAPTOP[name]:g} for tiny)"
     add("--layer", default="mid", help="mid (L // 2), a number, numbers with commas, or all; 0 is the embedding")

@@ -174,7 +174,7 @@ def write_pictures(args, codes, truth, n_given, tokenizer):
 
 # The program.
 def parse_arguments():
-    parser = data.make_parser("Continue, animate, prompt or imagine a video.")
+    parser = data.make_parser(__doc__)
     add, count = parser.add_argument, data.number(int, at_least=1)
     add("--prompt", nargs="+", default=[data.WORLD], help="videos, images, a folder, or world-masks (A.8)")
     add("--prompt-frames", type=count, help="frames given, of each file (default: 4; of several an equal share)")

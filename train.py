@@ -651,7 +651,7 @@ def peak_flops_per_second(device, dtype):
 
 def parse_arguments(words=None):
     """The arguments of the command line, or of a list of words with which another program trains (Fig. 6)."""
-    parser = data.make_parser("Pre-train Toto. Run again with the same --out, it resumes where it stopped.")
+    parser = data.make_parser(__doc__)
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name: f"(default: {PAPER[name]:,}, or {LAPTOP[name]:,} for tiny)"
     default = lambda words: f"(default: {words}; with --evaluate as in training)"

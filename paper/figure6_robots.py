@@ -759,7 +759,7 @@ def draw(plt, report, path, args):
 
 # The program.
 def parse_arguments():
-    parser = data.make_parser("Figure 6, Table 11: policies on frozen features. Run again, it resumes.")
+    parser = data.make_parser(__doc__)
     add, count = parser.add_argument, data.number(int, at_least=1)
     is_there = importlib.util.find_spec("metaworld") is not None
     add("--task", help="carry, or a task of metaworld (default: drawer-open-v3, or without metaworld carry)")

@@ -508,7 +508,7 @@ def curve_of(row):
 
 # The program
 def parse_arguments():
-    parser = data.make_parser("Figures 9 and 11: scaling. Run again, it trains what is left, from where it stopped.")
+    parser = data.make_parser(__doc__)
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name, small: f"(default: {small:,}, or {train.PAPER[name]:,} for a1 to a6)"
     words = "s1 to s6, or Table 15's a1 to a6"

@@ -348,7 +348,7 @@ def figures_over_depth(args, missing):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     add, words = parser.add_argument, "a model's folder, or with commas those of its seeds (default: tiny=out)"
     add("--runs", nargs="+", type=parse_run, metavar="[LABEL=]FOLDER", help=words)
     words = "folders with reports of other scripts of paper/"

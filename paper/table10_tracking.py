@@ -628,7 +628,7 @@ def load_views(args, protocol, device):
 
 
 def parse_arguments():
-    parser = data.make_parser("Table 10: tracking by frozen features. Run again, it keeps the sequences that are done.")
+    parser = data.make_parser(__doc__)
     add, count = parser.add_argument, data.number(int, at_least=1)
     add("--data", help="folder of DAVIS-2017, or of one sequence's frames in it (default: the built-in world)")
     add("--checkpoint", default="out/toto.pt", type=Path, help="a model of train.py")

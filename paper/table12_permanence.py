@@ -525,8 +525,7 @@ def draw(plt, report, picture, path, args):
 def parse_arguments():
     words = "CATER's folder, with videos/ and lists/localize/ (default: a stand-in that is drawn here)"
     more = lambda add: add("--probe-epochs", type=data.number(int, at_least=1), default=20, help="of layers' probes")
-    title = "Table 12: object permanence. Run again, it resumes."
-    return train.parse_task(title, words, "out/table12", DEFAULTS, LAPTOP, clips=1600, seeds=1, more=more)
+    return train.parse_task(__doc__, words, "out/table12", DEFAULTS, LAPTOP, clips=1600, seeds=1, more=more)
 
 
 def main():

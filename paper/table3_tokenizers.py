@@ -671,7 +671,7 @@ def ways_of(sets, args):
 
 
 def main():
-    parser = data.make_parser("Table 3 and Figs. 3, 12, 13: does the tokenizer matter? Run again, it resumes.")
+    parser = data.make_parser(__doc__)
     words = "two VQGANs of taming-transformers or of an earlier run (default: a small and a large one of --data)"
     parser.add_argument("--vqgan", nargs=2, type=Path, metavar="FILE", help=words)
     words = "optimizer steps of those that are trained here"

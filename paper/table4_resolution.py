@@ -196,7 +196,7 @@ def draw(plt, rows, chance, path):
 
 
 def main():
-    parser = data.make_parser("Table 4: low resolution first? Run again, it resumes.")
+    parser = data.make_parser(__doc__)
     args, plt = train.parse_study(parser, "out/table4", steps=400), data.pyplot()
     if not args.has_probe:
         raise ValueError("--data needs --probe, a folder with train/<class>/* and val/<class>/*")

@@ -407,7 +407,7 @@ def draw(plt, rows, chance, path):
 
 
 def main():
-    parser = data.make_parser("Table 6: does the architecture matter? Run again, it resumes.")
+    parser = data.make_parser(__doc__)
     words = "no table: a training step's time and memory, Mamba beside LLaMA, at 1,024 and 4,096 tokens"
     parser.add_argument("--benchmark", action="store_true", help=words)
     args, plt = train.parse_study(parser, "out/table6", steps=300), data.pyplot()

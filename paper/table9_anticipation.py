@@ -849,8 +849,7 @@ def parse_arguments():
     words = "Ego4D's folder: fho_sta_*.json, frames/ or clips/ (default: a stand-in that is drawn here)"
     about = f"of the verb's loss (default: {DEFAULTS['verb_weight']}, or {LAPTOP['verb_weight']} for tiny)"
     more = lambda add: add("--verb-weight", type=data.number(float, above=0), help=about)
-    title = "Table 9: short-term anticipation. Run again, it resumes."
-    return train.parse_task(title, words, "out/table9", DEFAULTS, LAPTOP, clips=3000, seeds=3, more=more)
+    return train.parse_task(__doc__, words, "out/table9", DEFAULTS, LAPTOP, clips=3000, seeds=3, more=more)
 
 
 def main():

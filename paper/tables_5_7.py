@@ -406,7 +406,7 @@ def draw(plt, report, args, path):
 
 
 def parse_arguments():
-    parser = data.make_parser("Tables 5, 7, 8, 13, 14 and 16: probing and fine-tuning. Run again, it resumes.")
+    parser = data.make_parser(__doc__)
     add, count = parser.add_argument, data.number(int, at_least=1)
     words = "models trained by train.py, a row for each"
     add("--checkpoint", nargs="+", default=[Path("out/toto.pt")], type=Path, help=words)
