@@ -389,7 +389,8 @@ def run_episodes(simulators, starts, horizon, see, renders, act, stops=True):
     """Run episodes at once, one for each (task, seed) of `starts` -> [{"x", "state", "body", "expert", "success"}].
 
     x is what `see` makes of frames and states, expert what the expert would have done, both by step; act gives actions.
-    Their slots are in two halves: while the processes step and draw one, this one looks at the other and acts. An
+    Their slots are in two halves: while the processes step and draw one, this one looks at the other and acts. (On two
+    cores, which have no time to spare, that gains nothing: 82 to 131 frames/s of the drawer, 101 to 137 without.) An
     episode ends with success after HELD successful steps in a row, or fails at the horizon.
     """
     episodes = [{"x": [], "state": [], "body": [], "expert": [], "success": False} for _ in starts]
