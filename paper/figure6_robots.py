@@ -64,7 +64,7 @@ N_TRIALS = 16  # of Table 11; the interval comes from --trials of them
 class Carry:
     """The built-in task: a hand reaches for the right one of two shapes (the red one), carries it to a tray.
 
-    It is drawn on a board of 8 x 8 cells, a token each (the built-in world has 6 x 6): a small tokenizer keeps it whole.
+    It is drawn on a board of 8 x 8 cells, a token each (the built-in world has 6 x 6); a small tokenizer keeps it.
     An action is (across, down, close): a step goes to one of the nine nearest cells, and a hand that closes on
     or right beside a shape holds it. The right one has the shape `aim`, and is red: by its shape alone no eye that
     pools finds it (tried: 0 to 30 % in any round, raw pixels 10 %).
