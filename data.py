@@ -246,6 +246,10 @@ class Item:
     read: callable  # () -> ({task: class}, iterable of frames (H, W, 3) whose short side is R)
 
 
+def in_shards(items, size=VIDEOS_PER_SHARD):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def media_shards(root, resolution, stride):
     """The shards of a folder, each a list of Items. A file in a sub-folder has its name as a class."""
     root, shards = Path(root), []
@@ -256,7 +260,7 @@ def media_shards(root, resolution, stride):
             labels = {"class": name.parts[0]} if len(name.parts) > 1 else {}
             read = lambda path=path, labels=labels: (labels, read_frames(path, resolution, stride))
             items.append(Item(name.as_posix(), read))
-        shards += [items[i : i + size] for i in range(0, len(items), size)]
+        shards += in_shards(items, size)
     return shards
 
 
@@ -275,8 +279,7 @@ def world_shards(indices, resolution, n_frames=16, name=WORLD):
             return {"shape": clip.resting_shape}, clip.without
         return clip.labels, clip.frames
 
-    items = [Item(f"{name}-{n_frames}/{index:07d}", lambda index=index: read(index)) for index in indices]
-    return [items[i : i + VIDEOS_PER_SHARD] for i in range(0, len(items), VIDEOS_PER_SHARD)]
+    return in_shards([Item(f"{name}-{n_frames}/{index:07d}", lambda index=index: read(index)) for index in indices])
 
 
 def checksum(*contents):

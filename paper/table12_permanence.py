@@ -190,8 +190,7 @@ def stand_in_shards(indices, resolution):
             labels[f"last of {n_frames}"] = cells[step - 1 :: step][seen[-1]] if len(seen) else -1  # -1: never seen
         return labels, clip.frames
 
-    items = [data.Item(f"cups/{index:07d}", lambda index=index: read(index)) for index in indices]
-    return [items[i : i + data.VIDEOS_PER_SHARD] for i in range(0, len(items), data.VIDEOS_PER_SHARD)]
+    return data.in_shards([data.Item(f"cups/{index:07d}", lambda index=index: read(index)) for index in indices])
 
 
 # CATER as it is published: FOLDER/videos/*.avi and, for each split, FOLDER/lists/localize/SPLIT.txt.
@@ -225,7 +224,7 @@ def cater_shards(folder, split, resolution):
         items.append(data.Item(found[1], read))
     if len(items) < 2:
         raise ValueError(f"{path}: names {len(items)} videos; two are needed at least")
-    return [items[i : i + data.VIDEOS_PER_SHARD] for i in range(0, len(items), data.VIDEOS_PER_SHARD)]
+    return data.in_shards(items)
 
 
 # The sets of clips.

@@ -197,13 +197,9 @@ def reach_clip(index, n_frames=8, resolution=48, seed=0, n_more=0):
     return labels, np.stack(frames)
 
 
-def shards_from(items):
-    return [items[i : i + data.VIDEOS_PER_SHARD] for i in range(0, len(items), data.VIDEOS_PER_SHARD)]
-
-
 def stand_in_shards(indices, n_frames, resolution):
     read = lambda index: reach_clip(index, n_frames, resolution)
-    return shards_from([data.Item(f"reach/{index:07d}", partial(read, index)) for index in indices])
+    return data.in_shards([data.Item(f"reach/{index:07d}", partial(read, index)) for index in indices])
 
 
 # Ego4D as it is published: annotations in its own words, and frames or clips beside them.
@@ -295,7 +291,7 @@ def ego4d_shards(folder, split, n_frames, resolution):
         items += [item] if item else []
     if len(items) < 2:
         raise ValueError(f"{path}: has {len(items)} annotations with objects; two are needed at least")
-    return shards_from(items), counts
+    return data.in_shards(items), counts
 
 
 # The sets of clips.
@@ -357,7 +353,7 @@ class Clips:
 
 
 # What is measured.
-def overlaps(a, b, larger=0.0):
+def box_iou(a, b, larger=0.0):
     """The IoU of boxes a (n, 4) with b (m, 4), each (left, top, right, bottom), as numpy or as tensors: (n, m)."""
     maximum, minimum = (np.maximum, np.minimum) if isinstance(a, np.ndarray) else (torch.maximum, torch.minimum)
     sides = minimum(a[:, None, 2:], b[None, :, 2:]) - maximum(a[:, None, :2], b[None, :, :2]) + larger
@@ -378,7 +374,7 @@ def match(predictions, objects, k=5):
     column = lambda things, key: np.array([thing[key] for thing in things])
     order = np.argsort([-p["score"] for p in predictions], kind="stable")
     ranked = [predictions[i] for i in order]
-    iou = overlaps(column(ranked, "box").astype(float), column(objects, "box").astype(float), larger=1)  # (n, N)
+    iou = box_iou(column(ranked, "box").astype(float), column(objects, "box").astype(float), larger=1)  # (n, N)
     same = lambda key: column(ranked, key)[:, None] == column(objects, key)
     soon = abs(column(ranked, "ttc")[:, None] - column(objects, "ttc")) <= 0.25
     noun = (iou > 0.5) & same("noun")
@@ -546,9 +542,9 @@ class Anticipator(nn.Module):
         self.norms = nn.ModuleList(probe.FeatureNorm(config.dim) for _ in LEVELS)
         self.lateral = nn.ModuleList(nn.Conv2d(2 * config.dim, C, 3, padding=1) for _ in LEVELS)
         self.smooth, self.summary = convolve(), probe.AttentionPool(config.dim, config.n_heads, C)
-        self.what = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, 1 + n_nouns + 4, 1))
-        self.how = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, n_verbs + 1, 1))
-        nn.init.constant_(self.what[-1].bias[:1], -math.log((1 - PRIOR) / PRIOR))
+        self.box_tower = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, 1 + n_nouns + 4, 1))
+        self.verb_tower = nn.Sequential(convolve(), convolve(), nn.Conv2d(C, n_verbs + 1, 1))
+        nn.init.constant_(self.box_tower[-1].bias[:1], -math.log((1 - PRIOR) / PRIOR))
 
     def pyramid(self, features):
         """{l: (B, T, D)} -> the finest level (B, C, 2h, 2w): from the last layer to the first, added up on the way."""
@@ -568,8 +564,8 @@ class Anticipator(nn.Module):
         """-> logits of next objects (B, P), nouns, verbs (B, P, classes), ttc in s (B, P), boxes (B, P, 4)."""
         clip = self.summary(features[self.layers[len(LEVELS) // 2]])  # (B, C), from the middle layer
         x = self.smooth(F.gelu(self.pyramid(features))) + clip[:, :, None, None]  # (B, C, 2h, 2w)
-        objects, nouns, sides = self.what(x).flatten(2).mT.split([1, self.counts[0], 4], dim=2)  # each (B, P, …)
-        verbs, ttc = self.how(x).flatten(2).mT.split([self.counts[1], 1], dim=2)
+        objects, nouns, sides = self.box_tower(x).flatten(2).mT.split([1, self.counts[0], 4], dim=2)  # each (B, P, …)
+        verbs, ttc = self.verb_tower(x).flatten(2).mT.split([self.counts[1], 1], dim=2)
         return objects[..., 0], nouns, verbs, F.softplus(ttc[..., 0]), boxes_from(sides, x.shape[2:])
 
 
@@ -623,11 +619,11 @@ def losses(answers, truths, size):
     b, here = torch.cat(rows, dim=1).to(objects.device)
     box, noun, verb, true_ttc = (torch.cat(parts).to(objects.device) for parts in zip(*found))
     p = torch.sigmoid(objects)
-    surprise = F.binary_cross_entropy_with_logits(objects, goal, reduction="none")
-    focal = torch.where(goal > 0, 0.25 * (1 - p) ** 2, 0.75 * p**2) * surprise  # α = 0.25, γ = 2 (Lin et al., 2017)
+    bce = F.binary_cross_entropy_with_logits(objects, goal, reduction="none")
+    focal = torch.where(goal > 0, 0.25 * (1 - p) ** 2, 0.75 * p**2) * bce  # α = 0.25, γ = 2 (Lin et al., 2017)
     return {
         "object": focal.sum() / len(b),
-        "box": 1 - overlaps(boxes[b, here], box).diagonal().mean(),
+        "box": 1 - box_iou(boxes[b, here], box).diagonal().mean(),
         "noun": F.cross_entropy(nouns[b, here], noun),
         "verb": F.cross_entropy(verbs[b, here], verb),
         "ttc": F.smooth_l1_loss(ttc[b, here], true_ttc),
@@ -639,9 +635,9 @@ def losses(answers, truths, size):
 WEIGHTS = {"object": 1.0, "box": 1.0, "noun": 1.0, "ttc": 0.5}
 
 
-def suppress(boxes, scores, labels, limit=0.5):
+def nms(boxes, scores, labels, limit=0.5):
     """Non-maximum suppression: which of boxes (n, 4) no kept one of its label and a higher score overlaps by more."""
-    order, keep, iou = scores.argsort(descending=True, stable=True), [], overlaps(boxes, boxes)
+    order, keep, iou = scores.argsort(descending=True, stable=True), [], box_iou(boxes, boxes)
     iou = iou * (labels[:, None] == labels)
     while len(order):
         keep.append(order[0])
@@ -661,7 +657,7 @@ def detections(answers, scale, n_best=600, n_kept=20):
     score, index = scores.flatten().topk(min(n_best, scores.numel()))
     place, noun, verb = torch.unravel_index(index, scores.shape)
     boxes = boxes[place].clamp(0, 1)
-    kept = suppress(boxes, score, noun * verbs.shape[1] + verb)[:n_kept]
+    kept = nms(boxes, score, noun * verbs.shape[1] + verb)[:n_kept]
     ttc, boxes = ttc[place], boxes * scale
     columns = (part[kept].tolist() for part in (boxes, noun, verb, ttc, score))
     return [dict(zip(("box", "noun", "verb", "ttc", "score"), row)) for row in zip(*columns)]

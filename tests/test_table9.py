@@ -305,7 +305,7 @@ def test_iou_against_counting_pixels():
             mask[box[1] : box[3], box[0] : box[2]] = True
         shared, union = (grid[0] & grid[1]).sum(), (grid[0] | grid[1]).sum()
         one, two = torch.tensor([a]).float(), torch.tensor([b]).float()
-        assert table9.overlaps(one, two).item() == pytest.approx(shared / union)
+        assert table9.box_iou(one, two).item() == pytest.approx(shared / union)
 
 
 def test_suppression_against_a_slow_form():
@@ -316,13 +316,13 @@ def test_suppression_against_a_slow_form():
         kept = []
         for i in sorted(range(25), key=lambda i: -scores[i]):
             rivals = [j for j in kept if labels[i] == labels[j]]
-            if all(table9.overlaps(boxes[i : i + 1], boxes[j : j + 1]).item() <= 0.5 for j in rivals):
+            if all(table9.box_iou(boxes[i : i + 1], boxes[j : j + 1]).item() <= 0.5 for j in rivals):
                 kept.append(i)
-        assert table9.suppress(boxes, scores, labels).tolist() == kept
+        assert table9.nms(boxes, scores, labels).tolist() == kept
 
 
 def test_detections_are_the_best_places():
-    """Two places with two nouns: pixels of the original, one per noun and verb where boxes are alike, the best first."""
+    """Two places with two nouns: in pixels of the original, one per noun and verb where boxes are alike, best first."""
     objects, nouns, verbs = torch.tensor([3.0, 2.0, 1.0, -9.0]), torch.zeros(4, 3), torch.zeros(4, 2)
     nouns[0, 1], nouns[1, 1], nouns[2, 2], verbs[:2, 0], verbs[2, 1] = 9.0, 9.0, 9.0, 9.0, 9.0
     boxes = torch.tensor([[0, 0, 0.5, 0.5]] * 3 + [[0.5, 0.5, 1, 1.2]])
@@ -371,7 +371,7 @@ def test_the_head_learns_to_find_a_box():
     ious, right = [], []
     for i, (box, noun, verb, ttc) in enumerate(truths):
         best = table9.detections([part[i] for part in answers], torch.ones(4))[0]
-        ious.append(table9.overlaps(torch.tensor([best["box"]]), box).item())
+        ious.append(table9.box_iou(torch.tensor([best["box"]]), box).item())
         right.append((best["noun"], best["verb"]) == (noun, verb) and abs(best["ttc"] - ttc.item()) < 0.25)
     assert np.mean(ious) > 0.75 and np.mean(right) > 0.9, (np.mean(ious), np.mean(right))
 
