@@ -818,9 +818,9 @@ def pictures_of(args, items, shown):
 
 def draw(plt, report, picture, path, args):
     """The four columns as bars, with floors, ceiling and the paper's row; below, the frames of a clip, with boxes."""
-    figure, rows = plt.figure(figsize=(13, 7.5)), report["rows"]
-    above = figure.add_gridspec(1, len(COLUMNS), left=0.05, right=0.99, top=0.95, bottom=0.5)
-    below = figure.add_gridspec(1, args.frames, left=0.02, right=0.98, top=0.3, bottom=0.05)
+    figure, rows = plt.figure(figsize=(13, 8.5)), report["rows"]
+    above = figure.add_gridspec(1, len(COLUMNS), left=0.05, right=0.99, top=0.95, bottom=0.53)
+    below = figure.add_gridspec(1, args.frames, left=0.02, right=0.98, top=0.25, bottom=0.05)
     for i, column in enumerate(COLUMNS):
         axes = figure.add_subplot(above[i])
         for j, (name, runs) in enumerate(rows.items()):
