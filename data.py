@@ -946,12 +946,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action):
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong with a flag is said as everything else is: in one line."""
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def make_parser(description, has_seed=True):
     """A parser with the flags that all programs have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     if has_seed:
         parser.add_argument("--seed", type=number(int, at_least=0), default=0, help="of everything random")

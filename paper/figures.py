@@ -86,6 +86,8 @@ class Curve:
 def parse_run(text):
     """For argparse: [LABEL=]FOLDER[,FOLDER…] -> (label, folders); the folders are seeds of one model."""
     label, _, folders = text.rpartition("=")
+    if not all(folders.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: a folder is missing")
     folders = [Path(folder) for folder in folders.split(",")]
     return label or folders[0].name, folders
 
@@ -168,10 +170,10 @@ def position_curves(label, paths):
             later = frames[:, 1:].mean(axis=1)
             values |= {"later frames": later, "first less later": frames[:, 0] - later}
         values |= {key: [row[key] for row in rows] for key in numbers if rows[0][key] is not None}
-        over = lambda rows: Curve(label, range(len(rows)), list(map(probe.over_seeds, rows)), is_percent=False)
-        triples, by_frame = over(list(values.values())).report()["values"], over(frames.T)
+        by_frame = Curve(label, range(frames.shape[1]), list(map(probe.over_seeds, frames.T)), is_percent=False)
         by_token = np.mean([row["loss_by_token"] for row in rows], axis=0)
-        curves[source] = by_token, by_frame, dict(zip(values, triples))
+        known = lambda triple: [x if np.isfinite(x) else None for x in triple]  # one seed has no interval
+        curves[source] = by_token, by_frame, {what: known(probe.over_seeds(of)) for what, of in values.items()}
     return curves
 
 
@@ -184,9 +186,6 @@ def depth_curves(label, paths):
     """
 
     def rows_of(report):
-        for name, settings in report["runs"].items():
-            if settings["layer"] != "all":
-                raise ValueError(f"--layer {settings['layer']} is no curve, --layer all is")
         is_one, rows = sum(", " not in name for name in report["runs"]) == 1, {}
         for row in report["accuracy"]:
             path, _, kind = row["model"].partition(", ")  # kind: "", "untrained", or "raw pixels", which have no depth
@@ -317,8 +316,12 @@ def print_depth(figure, panels):
 def figures_over_depth(args, missing):
     """{figure: {title of a panel: (curves, what is measured, chance in per cent or None)}}, without empty panels."""
     tasks = {}  # {(task, number of classes): {pool: the curves of all runs}}
-    for run in find(args.runs, "probe.json", missing).items():
-        for task, pools in depth_curves(*run).items():
+    has_all = lambda report: all(run["layer"] == "all" for run in report["runs"].values())
+    for label, paths in find(args.runs, "probe.json", missing).items():
+        curved = [path for path in paths if read(path, has_all)]
+        few = (f"{path} with all layers; " + MADE_BY["probe.json"].format(path.parent) for path in paths)
+        missing += [words for path, words in zip(paths, few) if path not in curved]
+        for task, pools in depth_curves(label, curved).items() if curved else ():
             for pool, curves in pools.items():
                 tasks.setdefault(task, {}).setdefault(pool, []).extend(curves)
 
@@ -338,9 +341,10 @@ def figures_over_depth(args, missing):
         title = f"{STANDS_FOR.get(task, 'classification')}: {name}"
         classification[title] = pools.get("attention"), "top-1, %, attention probe", 100 / n_classes
         by_pooling[f"{name}, by pooling"] = both, "top-1, %", 100 / n_classes
-    others = {"object tracking": (results("table10*.json", tracking_curves), "J&F, %", None)}
-    others["robots"] = results("figure6*.json", robot_curves), "success of a cloned policy, %", None
-    grids = {"linear probes of images": (results("table3*.json", grid_curves), "top-1, %", None)}
+    source = f" ({', '.join(map(str, args.results))})"  # that they are not of these runs
+    others = {f"object tracking{source}": (results("table10*.json", tracking_curves), "J&F, %", None)}
+    others[f"robots{source}"] = results("figure6*.json", robot_curves), "success of a cloned policy, %", None
+    grids = {f"linear probes of images{source}": (results("table3*.json", grid_curves), "top-1, %", None)}
     first = dict(list(classification.items())[:1])
     figures = {"Figure 4": first, "Figure 8": classification | others, "Figure 14": grids | by_pooling}
     figures = {figure: {title: panel for title, panel in of.items() if panel[0]} for figure, of in figures.items()}
@@ -348,7 +352,7 @@ def figures_over_depth(args, missing):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
+    parser = data.Parser(description=__doc__, formatter_class=data.HelpFormatter)
     add, words = parser.add_argument, "a model's folder, or with commas those of its seeds (default: tiny=out)"
     add("--runs", nargs="+", type=parse_run, metavar="[LABEL=]FOLDER", help=words)
     words = "folders with reports of other scripts of paper/"

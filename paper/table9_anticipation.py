@@ -1,6 +1,6 @@
 """Table 9 (§4.4): what will the hand touch next, how, and when? Ego4D's short-term anticipation, with StillFast's head.
 
-    python paper/table9_anticipation.py                  on a stand-in for Ego4D that is drawn here, in minutes
+    python paper/table9_anticipation.py                  on a stand-in for Ego4D that is drawn here
     python paper/table9_anticipation.py --data EGO4D --checkpoint FILE    Ego4D itself: its v1 annotations, and frames
     torchrun --nproc_per_node=8 paper/table9_anticipation.py --data EGO4D --checkpoint FILE
 
@@ -214,9 +214,11 @@ def read_annotations(path):
         sizes = {video: (meta["frame_width"], meta["frame_height"]) for video, meta in videos}
         counts = [1 + max(int(c["id"]) for c in content[f"{what}_categories"]) for what in ("noun", "verb")]
         return list(content["annotations"]), sizes, counts
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is no JSON ({error})") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: is not as Ego4D's v1: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not as Ego4D's v1 ({type(error).__name__}: {error})") from None
 
 
@@ -768,21 +770,22 @@ def gain(rows, metric, column, a, b):
 def print_table(report, args):
     """Table 9, the paper's rows beside ours; then whether the next-token loss, and pre-training, help."""
     left_out = f" ({n} could not be read)" if (n := report["left out"][1]) else ""
-    print(f"\nTable 9: mAP in % on {report['clips'][1]} clips{left_out}; of {args.seeds} seeds, with 95 % intervals")
-    line = "{:<32}{:<24}{:<24}{:<24}{}".format
+    seeds = "one seed" if args.seeds == 1 else f"{args.seeds} seeds, with 95 % intervals"
+    print(f"\nTable 9: mAP in % on {report['clips'][1]} clips{left_out}; of {seeds}")
+    line = "{:<35}{:<24}{:<24}{:<24}{}".format
     print(line("the paper, Ego4D, top-5", *COLUMNS))
     for name, row in PAPER.items():
-        print(line(name, *row))
+        print(line(name, *(f"{x:.2f}" for x in row)))
     for metric in ("top-5", "top-1"):
         print("\n" + line(f"{'Ego4D' if args.data else 'the stand-in'}, {metric}", *COLUMNS))
         for name, runs in report["rows"].items():
             print(line(name, *(probe.show_seeds([run[metric][column] for run in runs]) for column in COLUMNS)))
-    for claim, found in report["gain"].items():
+    for claim, found in report["gain"].items() if args.seeds > 1 else ():
         print(f"\n{claim}, paired by seed, in points:")
         for column, (mean, low, high) in found.items():
-            interval = "(one seed has no interval)" if low is None else f"({low:.1f} to {high:.1f})"
-            said = "cannot tell" if low is None else probe.verdict(low, high)
-            print(f"{column:<20}{mean:6.1f} {interval}: {said}")
+            print(f"{column:<20}{mean:6.1f} ({low:.1f} to {high:.1f}): {probe.verdict(low, high)}")
+    if args.seeds == 1:
+        print("\nwhether next tokens, or pre-training, help: cannot tell by one seed")
 
 
 def in_words(thing, args):

@@ -345,6 +345,12 @@ def claims(rows, tables):
     return found
 
 
+def head_of(row):
+    """Its pooling, or for Table 13, where all pool alike, how the trunk attends."""
+    protocol = PROTOCOLS[row["protocol"]]
+    return f"{protocol.attention} trunk" if protocol.finetune == "full" else row["pool"]
+
+
 def print_report(report, args):
     """The paper's rows, then ours, for every table; then what they claim."""
     line = "{:<30}{:<11}{:<9}{:<16}{:<7}{:<24}{:<24}{}".format
@@ -361,7 +367,7 @@ def print_report(report, args):
             best = max(same, key=lambda r: r["top1"][0])
             if not (main_layer(row) or row is best):
                 continue
-            head = "full attention" if PROTOCOLS[row["protocol"]].attention == "full" else row["pool"]
+            head = head_of(row)
             layer = f"{row['layer']}" + (" best" if row is best and len(same) > 1 else "")
             rates = ", ".join(sorted({f"{r['lr']:.2g}" if r["lr"] else "L-BFGS" for r in row["trained"]}))
             size = f"{row['parameters'] / 1e6:,.2f} M"
@@ -391,10 +397,9 @@ def draw(plt, report, args, path):
                 axis.bar(i + offset, value, 0.38, color=colour, label=label if i == 0 else None)
                 axis.vlines(i + offset, low, high, color="black", linewidth=1)
         several = len({row["model"] for row in rows}) > 1
-        head = lambda row: "full" if PROTOCOLS[row["protocol"]].attention == "full" else row["pool"]
         medium = lambda row: PROTOCOLS[row["protocol"]].medium
         model = lambda row: f"\n{Path(row['model']).parent.name}" if several else ""
-        names = [f"{medium(row)}\n{row['task']}\n{head(row)}{model(row)}" for row in rows]
+        names = [f"{medium(row)}\n{row['task']}\n{head_of(row)}{model(row)}" for row in rows]
         axis.set_xticks(range(len(rows)), names, fontsize="x-small")
         axis.set_title(TITLES[table], fontsize="small")
         axis.set(ylabel="top-1, %", ylim=(0, 105))

@@ -812,13 +812,13 @@ def test_numbers_within_bounds(parse, good, bad):
 
 
 def test_what_a_user_reads_of_a_bad_number(capsys):
-    parser = argparse.ArgumentParser()
+    parser = data.Parser()
     parser.add_argument("--n", type=data.number(int, at_least=8, multiple_of=8))
     for text, message in {
         "4": "must be at least 8",
         "12": "must be a multiple of 8",
         "x": "invalid int value: 'x'",
     }.items():
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             parser.parse_args(["--n", text])
-        assert f"argument --n: {message}" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"error: argument --n: {message}\n"

@@ -100,6 +100,8 @@ def test_positions_are_means_over_seeds(tmp_path):
     np.testing.assert_allclose(by_frame.triples[:, 0], [4, 2, 1])
     assert stated["first less later"][0] == 2.5 and stated["later frames"] == [1.5, 1.5, 1.5]
     assert figures.position_curves("tiny", paths[:1])["world"][2]["first frame"] == [3.0, None, None]
+    easy = figures.position_curves("tiny", [a_validation(tmp_path / "easy", first=1.0)])["world"][2]
+    assert easy["first less later"] == [-0.5, None, None]  # not cut at 0
 
 
 def test_tracking_and_robots_keep_their_layers_apart():
@@ -130,7 +132,6 @@ def test_linear_probes_at_two_resolutions():
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("probe.json", '{"runs": {"a": {"layer": "mid"}}, "accuracy": [], "classes": {}}', "--layer all"),
         ("probe.json", '{"runs"', "cannot be read"),
         ("probe.json", "[1]", "cannot be read"),
         ("validation.json", '{"world": {"loss": 1}}', "has no 'accuracy'"),
@@ -149,10 +150,12 @@ def test_missing_runs_are_named_and_the_rest_is_drawn(tmp_path):
     a_log(tmp_path / "base" / "log.jsonl", [3.0, 2.0])
     a_validation(tmp_path / "large" / "validation.json")
     a_probe(tmp_path / "base" / "probe.json")
+    a_probe(tmp_path / "large" / "probe.json", layer="mid")
     runs = [str(tmp_path / "base"), f"l={tmp_path}/large"]
     done = run(["paper/figures.py", "--runs", *runs, "--results", str(tmp_path), "--out", str(tmp_path / "out")])
     assert f"missing: {tmp_path}/large/log.jsonl; it is made by python train.py --out {tmp_path}/large\n" in done.stdout
     assert f"missing: {tmp_path}/base/validation.json; it is made by python train.py --evaluate" in done.stdout
+    assert f"missing: {tmp_path}/large/probe.json with all layers; python probe.py --layer all" in done.stdout
     assert "missing: table10*.json" in done.stdout and "python paper/figure6_robots.py" in done.stdout
     assert "base: best 60 (56 to 65) at 50% of the depth; middle 60 (56 to 65); last 50 (46 to 55)" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
