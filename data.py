@@ -247,6 +247,7 @@ class Item:
 
 
 def in_shards(items, size=VIDEOS_PER_SHARD):
+    """Items as lists of a shard's size, in their order."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

@@ -319,7 +319,7 @@ def figures_over_depth(args, missing):
     has_all = lambda report: all(run["layer"] == "all" for run in report["runs"].values())
     for label, paths in find(args.runs, "probe.json", missing).items():
         curved = [path for path in paths if read(path, has_all)]
-        few = (f"{path} with all layers; " + MADE_BY["probe.json"].format(path.parent) for path in paths)
+        few = (f"{path} with all layers; it is made by {MADE_BY['probe.json'].format(path.parent)}" for path in paths)
         missing += [words for path, words in zip(paths, few) if path not in curved]
         for task, pools in depth_curves(label, curved).items() if curved else ():
             for pool, curves in pools.items():

@@ -208,8 +208,6 @@ def test_a_row_of_the_glance_leads_to_its_script_and_picture(name):
     if script:
         (path,) = [path for path in (ROOT / "paper" / script[1], ROOT / script[1]) if path.exists()]
         assert re.search(re.escape(name) + r"(?!\d)", path.read_text()), f"{path} does not mention {name}"
-    if here == "(not yet run)":
-        pytest.skip("it was not run yet")
     assert re.search(r"\*\*(holds|does not hold|cannot tell)\*\*|^not a claim$", verdict)
     assert script or verdict == "not a claim"
 
