@@ -32,15 +32,20 @@ import sys
 import time
 import zlib
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+
+try:
+    import fcntl
+except ImportError:  # Windows, where one process alone takes on jobs
+    fcntl = None
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -853,6 +858,82 @@ def once(path, settings, work):
         write_json({"settings": settings, "result": result}, path)
     wait_for_all()
     return result
+
+
+@contextmanager
+def claimed(file, name, waits=False):
+    """Whether this process alone has `name`, until the block ends; with `waits`, once nobody else has it.
+
+    A lock on one byte of an open file. The system gives it up when its process dies, whatever the cause, so that
+    nothing stays claimed.
+    """
+    if fcntl is None:
+        yield True
+        return
+    byte, is_mine = zlib.crc32(name.encode()), True  # should two names share a byte, one waits for the other
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, byte)
+    except (BlockingIOError, PermissionError):
+        is_mine = False
+    try:
+        yield is_mine
+    finally:
+        if is_mine:
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, byte)
+
+
+CALLS, HELPS_WITH = count(), None  # of share_jobs; in a helper, with which of them
+
+
+def share_jobs(folder, jobs, device, n=None):
+    """{name: work()} for `jobs` {name: work}, by one process a core: none waits for another, as threads do all the time.
+
+    What a work() returns it must keep in a file, as `once` does, and find there when it is called again. On a CPU the
+    program starts helpers, until there are n processes or as many as PyTorch would take threads. A helper runs it from
+    the top, in silence, finds all that comes before there already, and ends here. What a process leaves that is killed,
+    the next takes up. Under torchrun its processes share the jobs, or where they are connected, each of the jobs.
+    """
+    if dist.is_initialized():
+        return {name: work() for name, work in jobs.items()}
+    call, results, helpers, words = next(CALLS), {}, [], "waiting for what others have begun"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    n_threads = torch.get_num_threads()
+    is_alone = device.type == "cpu" and fcntl and "WORLD_SIZE" not in os.environ
+    n = min(n or n_threads, len(jobs), 8) if is_alone else 1  # each takes half a gigabyte
+    if n > 1 and HELPS_WITH is None:
+        helpers = torch.multiprocessing.spawn(help_with, (call,), nprocs=n - 1, join=False).processes
+        torch.set_num_threads(1)
+    try:
+        with open(Path(folder) / "lock", "w") as lock:
+            while left := [name for name in jobs if name not in results]:
+                for name in left:
+                    with claimed(lock, str(name)) as is_mine:
+                        if is_mine:
+                            results[name] = jobs[name]()
+                if len(results) < len(jobs):
+                    print(words, file=sys.stderr, end="", flush=True)
+                    words = "."
+                    time.sleep(1)
+    except KeyboardInterrupt:
+        for helper in helpers:  # which save too
+            helper.join(10)
+        raise
+    finally:
+        for helper in helpers:
+            helper.terminate()
+        torch.set_num_threads(n_threads)
+    if call == HELPS_WITH:
+        sys.exit()
+    return {name: results[name] for name in jobs}
+
+
+def help_with(_, call):
+    """A helper, which ends with the process that started it. What fails here is tried again, and told, over there."""
+    global HELPS_WITH
+    HELPS_WITH = call
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        run(sys.modules["__main__"].main)
 
 
 def resumable_steps(title, n_steps, resume=None, save=None, save_every=None, after_save=None, start=0):

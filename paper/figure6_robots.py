@@ -35,7 +35,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -662,6 +662,7 @@ def film(simulators, eyes, expert_of, args):
 def study(simulators, args, folder, device):
     """All that is measured -> (the report, rows for the GIF)."""
     args.checkpoint = args.checkpoint or pre_train(simulators, args, folder, device)
+    n_cores = torch.get_num_threads()
     torch.set_num_threads(1)  # the simulators need the other cores
     eyes, layers, layer = make_eyes(args, device)
     expert = expert_episodes(simulators, args)
@@ -670,13 +671,16 @@ def study(simulators, args, folder, device):
     print(f"{args.task}: the expert succeeds in {n_successes} of {n} episodes")
     report = {"task": args.task, "expert": [n_successes, n], "layer": layer, "paper": PAPER}
     report["speed"] = measure_speed(simulators, layers[layer], args)
-    run = lambda name, eye, i: dagger(simulators, name, eye(i), i, expert_of, args)
-    report["dagger"] = {name: [run(name, eye, i) for i in range(args.seeds)] for name, eye in eyes.items()}
-    cloning = lambda name, eye, n: clone(simulators, name, eye, n, expert_of, args)
-    report["cloning"] = {name: {n: cloning(name, eye(0), n) for n in args.trajectories} for name, eye in eyes.items()}
+    run = lambda name, i: partial(dagger, simulators, name, eyes[name](i), i, expert_of, args)
+    cloning = lambda name, eye, n: partial(clone, simulators, name, eye, n, expert_of, args)
     fewest = min(args.trajectories)  # where there is most room for a difference
-    others = {l: cloning(f"layer {l}", eye, fewest) for l, eye in layers.items() if l != layer}
-    report["layers"] = {l: others.get(l, report["cloning"]["Toto"][fewest]) for l in layers}
+    jobs = {(name, f"run {i}"): run(name, i) for name in eyes for i in range(args.seeds)}
+    jobs |= {(name, n): cloning(name, eye(0), n) for name, eye in eyes.items() for n in args.trajectories}
+    jobs |= {("layer", l): cloning(f"layer {l}", eye, fewest) for l, eye in layers.items() if l != layer}
+    done = data.share_jobs(args.folder, jobs, device, n_cores)
+    report["dagger"] = {name: [done[name, f"run {i}"] for i in range(args.seeds)] for name in eyes}
+    report["cloning"] = {name: {n: done[name, n] for n in args.trajectories} for name in eyes}
+    report["layers"] = {l: done.get(("layer", l), report["cloning"]["Toto"][fewest]) for l in layers}
     return report, film(simulators, eyes, expert_of, args)
 
 

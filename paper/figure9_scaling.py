@@ -1,13 +1,13 @@
 """Figures 11 and 9 and Table 15 (§4.9, A.5): one learning rate for all widths by µP, and loss against compute.
 
-    torchrun --nproc_per_node=2 paper/figure9_scaling.py        on the built-in world: 55 minutes of one core's time
+    python paper/figure9_scaling.py                             on the built-in world: 55 minutes of one core's time
     torchrun --nproc_per_node=8 paper/figure9_scaling.py --sizes a1 a2 a3 a4 a5 a6 --data PATH[=WEIGHT] ... --steps N
     python paper/figure9_scaling.py --rate 0.03                 Figure 9 alone, at a rate that is known
 
 Figure 11: models of four widths at learning rates a factor of two apart, in the standard parametrisation and with µP.
 Figure 9: the rate that is best for the narrowest then trains the ladder of Table 15, and a power law is fitted to the
-lower envelope of all validation losses. Each process trains a model by itself, and takes the next that nobody has: on
-two cores, two processes of one thread each never wait for one another, as two threads of one process do all the time.
+lower envelope of all validation losses. Each process trains a model by itself, and takes the next that nobody has. On a
+CPU the program starts one for each core: they never wait for one another, as the threads of one process do all the time.
 Not in the paper: the dVAE's codes, where §4.9 has a VQGAN's, as everywhere else here; and a rate found in short runs of
 two layers, which µP as here does not carry to longer and deeper ones.
 
@@ -21,21 +21,14 @@ import json
 import math
 import os
 import sys
-import time
-import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows, where there must be one process only
-    fcntl = None
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six scripts lie in the folder above
 
@@ -92,33 +85,6 @@ def build_without_memory(config):
         return toto.Toto(config)
 
 
-def place():
-    """(number of this process, how many there are). They train apart: torchrun's variables are all they need."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextmanager
-def claimed(file, name, waits=False):
-    """Whether this process alone has `name`, until the block ends; with `waits`, once nobody else has it.
-
-    A lock on one byte of an open file. The system gives it up when its process dies, whatever the cause, so that
-    nothing stays claimed.
-    """
-    if fcntl is None:
-        yield True
-        return
-    byte, is_mine = zlib.crc32(name.encode()), True  # should two names share a byte, one waits for the other
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, byte)
-    except (BlockingIOError, PermissionError):
-        is_mine = False
-    try:
-        yield is_mine
-    finally:
-        if is_mine:
-            fcntl.lockf(file, fcntl.LOCK_UN, 1, byte)
-
-
 def finished(path):
     """{settings as JSON: result} of the lines of runs.jsonl; one that was cut off is none."""
     found = {}
@@ -131,36 +97,28 @@ def finished(path):
     return found
 
 
-def share_jobs(jobs, task, args, device):
-    """The results of all jobs, in their order; this process trains those that no other has trained or is training.
+def results_of(jobs, task, args, device):
+    """The results of all jobs, in their order; a process trains those that no other has trained or is training.
 
-    Longest first, so that at the end nobody waits long. What a killed process leaves, the next free one takes up.
+    Longest first, so that at the end nobody waits long.
     """
-    path, numbers, is_waiting = args.out / "runs.jsonl", {job: i + 1 for i, job in enumerate(jobs)}, False
-    settings = {job: task.settings | asdict(job) for job in jobs}
-    keys = {job: json.dumps(settings[job], sort_keys=True) for job in jobs}
-    longest_first = sorted(jobs, key=lambda job: job.macs(task, job.steps), reverse=True)
-    with open(args.out / "lock", "w") as lock:
-        while True:
-            done = finished(path)
-            left = [job for job in longest_first if keys[job] not in done]
-            if not left:
-                return [done[keys[job]] for job in jobs]
-            for job in left:
-                with claimed(lock, job.name) as is_mine:
-                    if not is_mine or keys[job] in finished(path):  # since `left` was read
-                        continue
-                    state, title = args.out / f"{job.name}.pt", f"{job.name}, {numbers[job]} of {len(jobs)}"
-                    result = train_alone(job, task, state, settings[job], title, args, device)
-                    with open(path, "a") as file:  # the line's end comes first: it ends a line that was cut off, too
-                        file.write("\n" + json.dumps({"settings": settings[job], "result": result}))
-                    state.unlink(missing_ok=True)
-                break  # others may have finished theirs
-            else:
-                if not is_waiting:
-                    print(f"process {place()[0]} waits for the others' last models", file=sys.stderr)
-                is_waiting = True
-                time.sleep(1)
+    path = args.out / "runs.jsonl"
+
+    def work(i, job):
+        settings = task.settings | asdict(job)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in (done := finished(path)):
+            title = f"{job.name}, {i} of {len(jobs)}"
+            result = train_alone(job, task, args.out / f"{job.name}.pt", settings, title, args, device)
+            with open(path, "a") as file:  # the line's end comes first: it ends a line that was cut off, too
+                file.write("\n" + json.dumps({"settings": settings, "result": result}))
+            (args.out / f"{job.name}.pt").unlink(missing_ok=True)
+            return result
+        return done[key]
+
+    longest_first = sorted(enumerate(jobs, start=1), key=lambda pair: -pair[1].macs(task, pair[1].steps))
+    results = data.share_jobs(args.out, {job.name: partial(work, i, job) for i, job in longest_first}, device)
+    return [results[job.name] for job in jobs]
 
 
 # One job
@@ -205,7 +163,7 @@ def validation_loss(model, task, args, device):
 def prepare(steps, args, device):
     """What jobs of so many steps train on and are measured on. Processes come in one by one; the first does it all."""
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "lock", "w") as lock, claimed(lock, "tokens", waits=True):
+    with open(args.out / "lock", "w") as lock, data.claimed(lock, "tokens", waits=True):
         specs, weights, sources, held_out = (mixed_sources if args.data else world_sources)(steps, args, device)
     if not any(len(source) for source in held_out.values()):
         raise ValueError("--data: no clip was held out of so few, so that there is no validation loss; give more")
@@ -543,7 +501,7 @@ def sweep(narrowest, args, device):
     task, seeds = prepare(args.sweep_steps, args, device), range(args.seed, args.seed + args.seeds)
     jobs = sweep_jobs(replace(narrowest, vocab_size=task.vocab_size), seeds, args.sweep_steps)
     different = list(dict.fromkeys(jobs.values()))
-    results = dict(zip(different, share_jobs(different, task, args, device)))
+    results = dict(zip(different, results_of(different, task, args, device)))
     rows = read_sweep({key: results[job]["losses"][-1] for key, job in jobs.items()}, seeds)
     narrow = next(row for row in rows if row["mup"])  # the narrowest
     if all(loss is None for loss in narrow["mean"]):
@@ -559,7 +517,7 @@ def ladder(narrowest, rate, args, device):
     config = lambda name: replace(SIZES[name], vocab_size=task.vocab_size, mup_width=narrowest.dim)
     jobs = [Job(name, config(name), rate, args.steps, args.seed, N_POINTS) for name in args.sizes]
     rows = []
-    for job, result in zip(jobs, share_jobs(jobs, task, args, device)):
+    for job, result in zip(jobs, results_of(jobs, task, args, device)):
         macs = [job.macs(task, steps) for steps in result["steps"]]
         row = {"name": job.name, "parameters": build_without_memory(job.config).count_parameters(), "macs": macs}
         rows.append(row | {"config": asdict(job.config)} | result)
@@ -573,7 +531,7 @@ def main():
     narrowest = NARROWEST["laptop" if args.is_small else "paper"]
     rows, verdicts, rate = ([], [], args.rate) if args.rate else sweep(narrowest, args, device)
     models = ladder(narrowest, rate, args, device)
-    if place()[0] > 0:
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's variables are all they need: they train apart
         return
     curves = {row["name"]: curve_of(row) for row in models}
     fits = fit_all(curves)

@@ -883,8 +883,10 @@ def main():
         report["pre-training"] = train.pre_train(args, source, tokenizer, device)
         args.checkpoint, args.tokenizer = args.out / "toto.pt", None
     seeds = range(args.seed, args.seed + args.seeds)
-    runs = {(seed, kind): fine_tune(kind, seed, sets, counts, args, device) for seed in seeds for kind in KINDS}
-    report["rows"] = {kind: [runs[seed, kind]["scores"] for seed in seeds] for kind in KINDS}
+    work = lambda kind, seed: partial(fine_tune, kind, seed, sets, counts, args, device)
+    jobs = {f"{kind}, seed {seed}": work(kind, seed) for seed in seeds for kind in KINDS}
+    runs = data.share_jobs(args.out, jobs, device)
+    report["rows"] = {kind: [runs[f"{kind}, seed {seed}"]["scores"] for seed in seeds] for kind in KINDS}
     (together, alone, scratch), metrics = KINDS, [(m, c) for m in ("top-5", "top-1") for c in COLUMNS]
     report["gain"] = {
         claim: {f"{m} {c}": gain(report["rows"], m, c, *pair) for m, c in metrics}
@@ -902,7 +904,7 @@ def main():
     if data.rank() == 0:
         data.write_json(report, args.out / "table9.json")
         print_table(report, args)
-        shown = runs[args.seed, next(iter(KINDS))]["shown"]
+        shown = next(iter(runs.values()))["shown"]
         pictures = pictures_of(args, sum(shards["val"], []), shown)
         draw(plt, report, pictures[0], args.out / "table9.png", args)
         animate(pictures, args.out / "table9.gif", args)

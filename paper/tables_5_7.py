@@ -22,7 +22,7 @@ import copy
 import sys
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,7 +272,7 @@ def collect(args, device):
     A row is a head of a checkpoint: its protocol, task, pool and layer, and "trained" and "untrained", a run for each
     seed.
     """
-    report = {"paper": PAPER, "bounds": {}, "clips": {}, "rows": []}
+    report, models, jobs = {"paper": PAPER, "bounds": {}, "clips": {}, "rows": []}, {}, {}
     for name, protocol in PROTOCOLS.items():
         for path in args.checkpoint if set(args.tables) & set(protocol.tables) else ():
             _, tokenizer, checkpoint = dvae.load_trained(path, args.tokenizer, device)
@@ -283,20 +283,20 @@ def collect(args, device):
                 most = sets[0].labels[task].bincount().argmax()
                 report["bounds"].setdefault(protocol.medium, {})[task] = (y == most).float().mean().item()
             report["clips"][protocol.medium] = [len(split) for split in sets]
-            runs = {}
-            for start in ("trained", "untrained"):
-                for seed in range(args.seed, args.seed + (args.seeds or protocol.seeds)):
-                    for r in run(name, path, start, seed, sets, args, device):
-                        key = r["task"], r["pool"], r["layer"]
-                        runs.setdefault(key, {}).setdefault(start, []).append(r)
             with torch.device("meta"):
                 parameters = toto.Toto(config).count_parameters()
-            for (task, pool, layer), of_head in runs.items():
-                row = {"protocol": name, "model": str(path), "parameters": parameters, "n_layers": config.n_layers}
-                row |= {"task": task, "pool": pool, "layer": layer}
-                for start, of_start in of_head.items():
-                    row[start] = [{key: r[key] for key in ("lr", "top1", "right")} for r in of_start]
-                report["rows"].append(row | {"top1": figure(row["trained"]), "floor": figure(row["untrained"])})
+            models[str(path)] = {"parameters": parameters, "n_layers": config.n_layers}
+            seeds = range(args.seed, args.seed + (args.seeds or protocol.seeds))
+            for key in ((name, str(path), start, seed) for start in ("trained", "untrained") for seed in seeds):
+                jobs[key] = partial(run, *key, sets, args, device)
+    done, heads = data.share_jobs(args.out, jobs, device), {}
+    for (name, path, start, _), found in done.items():
+        for r in found:
+            head = name, path, r["task"], r["pool"], r["layer"]
+            heads.setdefault(head, {}).setdefault(start, []).append({key: r[key] for key in ("lr", "top1", "right")})
+    for (name, path, *head), runs in heads.items():
+        row = {"protocol": name, "model": path} | models[path] | dict(zip(("task", "pool", "layer"), head)) | runs
+        report["rows"].append(row | {"top1": figure(runs["trained"]), "floor": figure(runs["untrained"])})
     if not report["rows"]:
         kind = "images" if {"8", "16"} & set(args.tables) else "videos"
         raise ValueError(f"--data {args.data}: holds {kind}, which no table of {', '.join(args.tables)} is about")

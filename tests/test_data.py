@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -21,7 +22,7 @@ from PIL import Image
 import data
 import dvae
 import toto
-from conftest import ENVIRONMENT, ROOT, fake_tokens
+from conftest import ENVIRONMENT, ROOT, fake_tokens, run
 
 
 def write_video(path, n_frames, size=(48, 64), fps=30):
@@ -611,6 +612,99 @@ def test_once_does_its_work_once(tmp_path):
     assert len(calls) == 1
     with pytest.raises(ValueError, match="its steps is"):
         data.once(path, {"steps": 3}, work)
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="Windows has no such locks")
+def test_a_dead_process_leaves_its_job(tmp_path):
+    """What a process that is killed had claimed is free at once, and what another still has is left alone."""
+    code = (
+        "import sys, time, data\n"
+        "with open(sys.argv[1], 'w') as file, data.claimed(file, 's2') as is_mine:\n"
+        "    print(is_mine, flush=True); time.sleep(60)"
+    )
+    path = tmp_path / "lock"
+    other = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"True\n"
+    with open(path, "w") as file:
+        with data.claimed(file, "s2") as is_mine, data.claimed(file, "s1") as is_other:
+            assert not is_mine and is_other
+        other.kill()
+        other.wait()
+        with data.claimed(file, "s2") as is_mine:
+            assert is_mine
+
+
+ALONE = ("env", "OMP_NUM_THREADS=2", sys.executable)
+JOBS = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+import torch
+import data
+
+out = Path(sys.argv[1])
+
+def meet(name, others):
+    (out / name).write_text(str(os.getpid()))
+    for _ in range(1200):
+        if all((out / other).exists() for other in others):
+            return torch.get_num_threads()
+        time.sleep(0.1)
+    raise ValueError(f"{name} is alone")
+
+def main():
+    def share(*names, others=()):
+        work = lambda name: partial(data.once, out / f"{name}.json", {}, partial(meet, name, [*names, *others]))
+        return data.share_jobs(out, {name: work(name) for name in names}, torch.device("cpu"))
+
+    print("begins", flush=True)
+    found = share("a", "b"), share("c", "d")
+    if "stop" in sys.argv:
+        share("e", "f", others=["never"])
+    if os.environ.get("RANK", "0") == "0":
+        print(*found)
+
+if __name__ == "__main__":
+    data.run(main)
+"""
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="Windows has no such locks")
+def test_processes_share_jobs(tmp_path):
+    """Each of two jobs waits for the other to begin, so that they end in two processes only; and so do the next two."""
+    (tmp_path / "jobs.py").write_text(JOBS)
+    done = run([str(tmp_path / "jobs.py"), str(tmp_path)], ALONE)
+    assert done.stdout.count("{'a': 1, 'b': 1} {'c': 1, 'd': 1}") == 1  # each in one thread
+    assert done.stdout.count("begins") == 1  # a helper is silent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a helper goes on to the last job")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_helper_ends_with_its_program(tmp_path, number):
+    """By Ctrl-C, which reaches both, or by a signal to the program alone."""
+    (tmp_path / "jobs.py").write_text(JOBS)
+    words = [*ALONE, str(tmp_path / "jobs.py"), str(tmp_path), "stop"]
+    how = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    program = subprocess.Popen(words, **how)
+    pids = [tmp_path / name for name in "ef"]
+    until(lambda: all(path.exists() and path.read_text() for path in pids))
+    pids = [int(path.read_text()) for path in pids]
+    assert program.pid in pids and pids[0] != pids[1]
+    if number == signal.SIGINT:
+        os.killpg(program.pid, number)
+    else:
+        os.kill(program.pid, number)
+    _, shown = program.communicate(timeout=60)
+    assert program.returncode == {signal.SIGINT: 130}.get(number, -number) and "Traceback" not in shown
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def until(is_so):
+    for _ in range(600):
+        if is_so():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it takes too long")
 
 
 def test_the_ground_of_the_world_says_where_it_is():
