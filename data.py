@@ -32,7 +32,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -865,7 +865,7 @@ def claimed(file, name, waits=False):
     """Whether this process alone has `name`, until the block ends; with `waits`, once nobody else has it.
 
     A lock on one byte of an open file. The system gives it up when its process dies, whatever the cause, so that
-    nothing stays claimed.
+    nothing stays claimed; and when the process closes this file anywhere, which nothing may do inside the block.
     """
     if fcntl is None:
         yield True
@@ -875,6 +875,8 @@ def claimed(file, name, waits=False):
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, byte)
     except (BlockingIOError, PermissionError):
         is_mine = False
+    except OSError as error:
+        raise ValueError(f"{file.name}: its file system has no locks; give another --out") from error
     try:
         yield is_mine
     finally:
@@ -886,54 +888,63 @@ CALLS, HELPS_WITH = count(), None  # of share_jobs; in a helper, with which of t
 
 
 def share_jobs(folder, jobs, device, n=None):
-    """{name: work()} for `jobs` {name: work}, by one process a core: none waits for another, as threads do all the time.
+    """{name: work()} for `jobs` {name: work}, which processes share: unlike threads, they do not wait for one another.
 
     What a work() returns it must keep in a file, as `once` does, and find there when it is called again. On a CPU the
-    program starts helpers, until there are n processes or as many as PyTorch would take threads. A helper runs it from
-    the top, in silence, finds all that comes before there already, and ends here. What a process leaves that is killed,
-    the next takes up. Under torchrun its processes share the jobs, or where they are connected, each of the jobs.
+    program starts helpers, until there are n processes or as many as PyTorch would take threads; at most 8, so as not
+    to fill the memory. A helper runs the program from the top, in silence, finds all that comes before there already,
+    and ends here. Should it fail, this process will come to the same job, and say why. Under torchrun its processes
+    share the jobs, or where they are connected, each of the jobs. Who does what is claimed in `folder`/lock.
     """
-    if dist.is_initialized():
+    call, results, n_threads = next(CALLS), {}, torch.get_num_threads()
+    can_start = device.type == "cpu" and fcntl is not None and "WORLD_SIZE" not in os.environ and HELPS_WITH is None
+    n = min(n or n_threads, len(jobs), 8) if can_start else 1
+    if dist.is_initialized() or n == 1 and HELPS_WITH is None and "WORLD_SIZE" not in os.environ:
         return {name: work() for name, work in jobs.items()}
-    call, results, helpers, words = next(CALLS), {}, [], "waiting for what others have begun"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    n_threads = torch.get_num_threads()
-    is_alone = device.type == "cpu" and fcntl and "WORLD_SIZE" not in os.environ
-    n = min(n or n_threads, len(jobs), 8) if is_alone else 1  # each takes half a gigabyte
-    if n > 1 and HELPS_WITH is None:
-        helpers = torch.multiprocessing.spawn(help_with, (call,), nprocs=n - 1, join=False).processes
-        torch.set_num_threads(1)
+    helpers, says_so = start_helpers(n - 1, call, max(n_threads // n, 1)) if n > 1 else [], True
     try:
         with open(Path(folder) / "lock", "w") as lock:
-            while left := [name for name in jobs if name not in results]:
-                for name in left:
+            while len(results) < len(jobs):
+                before = len(results)
+                for name in jobs:
                     with claimed(lock, str(name)) as is_mine:
-                        if is_mine:
+                        if is_mine and name not in results:
                             results[name] = jobs[name]()
-                if len(results) < len(jobs):
-                    print(words, file=sys.stderr, end="", flush=True)
-                    words = "."
+                if len(results) == before:
+                    if says_so:
+                        print("waiting for what other processes have begun", file=sys.stderr)
+                    says_so = False
                     time.sleep(1)
-    except KeyboardInterrupt:
-        for helper in helpers:  # which save too
-            helper.join(10)
-        raise
     finally:
         for helper in helpers:
             helper.terminate()
+        for helper in helpers:
+            helper.join()  # one in the middle of a training first saves
         torch.set_num_threads(n_threads)
     if call == HELPS_WITH:
         sys.exit()
     return {name: results[name] for name in jobs}
 
 
-def help_with(_, call):
-    """A helper, which ends with the process that started it. What fails here is tried again, and told, over there."""
+def start_helpers(n, call, n_threads):
+    """n processes, which on Linux end with this one even where it is killed; elsewhere they would do what is left."""
+    torch.set_num_threads(n_threads)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until a helper has imported all
+    context = torch.multiprocessing.spawn(help_with, (call, n_threads), nprocs=n, join=False)
+    signal.signal(signal.SIGINT, ignored)
+    return context.processes
+
+
+def help_with(_, call, n_threads):
     global HELPS_WITH
     HELPS_WITH = call
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        run(sys.modules["__main__"].main)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(n_threads)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    run(sys.modules["__main__"].main)
 
 
 def resumable_steps(title, n_steps, resume=None, save=None, save_every=None, after_save=None, start=0):

@@ -662,22 +662,22 @@ def film(simulators, eyes, expert_of, args):
 def study(simulators, args, folder, device):
     """All that is measured -> (the report, rows for the GIF)."""
     args.checkpoint = args.checkpoint or pre_train(simulators, args, folder, device)
-    n_cores = torch.get_num_threads()
-    torch.set_num_threads(1)  # the simulators need the other cores
+    n_processes = math.ceil(torch.get_num_threads() / 1.5)  # the simulators of each need cores too
+    torch.set_num_threads(1)
     eyes, layers, layer = make_eyes(args, device)
     expert = expert_episodes(simulators, args)
     expert_of = lru_cache(maxsize=None)(lambda eye: look(expert, eye))
     n_successes, n = sum(episode["success"] for episode in expert), len(expert)
     print(f"{args.task}: the expert succeeds in {n_successes} of {n} episodes")
     report = {"task": args.task, "expert": [n_successes, n], "layer": layer, "paper": PAPER}
-    report["speed"] = measure_speed(simulators, layers[layer], args)
     run = lambda name, i: partial(dagger, simulators, name, eyes[name](i), i, expert_of, args)
     cloning = lambda name, eye, n: partial(clone, simulators, name, eye, n, expert_of, args)
     fewest = min(args.trajectories)  # where there is most room for a difference
     jobs = {(name, f"run {i}"): run(name, i) for name in eyes for i in range(args.seeds)}
     jobs |= {(name, n): cloning(name, eye(0), n) for name, eye in eyes.items() for n in args.trajectories}
     jobs |= {("layer", l): cloning(f"layer {l}", eye, fewest) for l, eye in layers.items() if l != layer}
-    done = data.share_jobs(args.folder, jobs, device, n_cores)
+    done = data.share_jobs(args.folder, jobs, device, n_processes)
+    report["speed"] = measure_speed(simulators, layers[layer], args)
     report["dagger"] = {name: [done[name, f"run {i}"] for i in range(args.seeds)] for name in eyes}
     report["cloning"] = {name: {n: done[name, n] for n in args.trajectories} for name in eyes}
     report["layers"] = {l: done.get(("layer", l), report["cloning"]["Toto"][fewest]) for l in layers}
@@ -793,7 +793,7 @@ def parse_arguments():
     if args.episodes % args.wave:
         raise ValueError(f"--episodes {args.episodes}: must be a multiple of --wave {args.wave}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("torchrun: one process is enough; it starts simulators on other cores")
+        raise ValueError("torchrun: is not needed; the program starts processes of its own on all cores")
     if family(args.task) == "metaworld":
         check_metaworld(args, is_there)
     checkpoint = toto.load_checkpoint(args.checkpoint) if args.checkpoint else {"config": toto.SIZES["tiny"]}

@@ -6,8 +6,8 @@
 
 Figure 11: models of four widths at learning rates a factor of two apart, in the standard parametrisation and with µP.
 Figure 9: the rate that is best for the narrowest then trains the ladder of Table 15, and a power law is fitted to the
-lower envelope of all validation losses. Each process trains a model by itself, and takes the next that nobody has. On a
-CPU the program starts one for each core: they never wait for one another, as the threads of one process do all the time.
+lower envelope of all validation losses. Each process trains a model by itself, and takes the next that nobody has; on a
+CPU the program starts one for each core, 8 at most: unlike threads they need not wait for one another.
 Not in the paper: the dVAE's codes, where §4.9 has a VQGAN's, as everywhere else here; and a rate found in short runs of
 two layers, which µP as here does not carry to longer and deeper ones.
 

@@ -181,12 +181,13 @@ def load_model(path, start, seed, protocol, args, device):
     return toto.Toto(checkpoint["config"], model.compute_dtype).to(device).eval().requires_grad_(False)
 
 
-def run(name, path, start, seed, sets, args, device):
+def run(name, path, start, seed, load, args, device):
     """One protocol, of one checkpoint and seed, from its weights ("trained") or from random ones ("untrained").
 
     -> [{"task", "pool", "layer", "lr", "top1", "right"}], kept in --out/runs.
     """
     protocol, checkpoint, runs = PROTOCOLS[name], toto.load_checkpoint(path), args.out / "runs"
+    sets = load(name, path)
     config, words = checkpoint["config"], name.replace(", ", "-").replace(" ", "-")
     title = f"{words}-{zlib.crc32(str(path).encode()):08x}-{start}-{seed}"  # several checkpoints may be called toto.pt
     L, is_tiny = config.n_layers, toto.is_tiny(config)
@@ -272,11 +273,16 @@ def collect(args, device):
     A row is a head of a checkpoint: its protocol, task, pool and layer, and "trained" and "untrained", a run for each
     seed.
     """
+
+    @lru_cache(maxsize=1)  # or those of all would be in memory
+    def load(name, path):
+        _, tokenizer, checkpoint = dvae.load_trained(path, args.tokenizer, device)
+        return load_sets(PROTOCOLS[name], checkpoint, tokenizer, args)
+
     report, models, jobs = {"paper": PAPER, "bounds": {}, "clips": {}, "rows": []}, {}, {}
     for name, protocol in PROTOCOLS.items():
         for path in args.checkpoint if set(args.tables) & set(protocol.tables) else ():
-            _, tokenizer, checkpoint = dvae.load_trained(path, args.tokenizer, device)
-            sets, config = load_sets(protocol, checkpoint, tokenizer, args), checkpoint["config"]
+            sets, config = load(name, path), toto.load_checkpoint(path)["config"]
             if sets is None:
                 continue
             for task, y in sets[1].labels.items():
@@ -285,17 +291,17 @@ def collect(args, device):
             report["clips"][protocol.medium] = [len(split) for split in sets]
             with torch.device("meta"):
                 parameters = toto.Toto(config).count_parameters()
-            models[str(path)] = {"parameters": parameters, "n_layers": config.n_layers}
+            models[path] = {"parameters": parameters, "n_layers": config.n_layers}
             seeds = range(args.seed, args.seed + (args.seeds or protocol.seeds))
-            for key in ((name, str(path), start, seed) for start in ("trained", "untrained") for seed in seeds):
-                jobs[key] = partial(run, *key, sets, args, device)
+            for key in ((name, path, start, seed) for start in ("trained", "untrained") for seed in seeds):
+                jobs[key] = partial(run, *key, load, args, device)
     done, heads = data.share_jobs(args.out, jobs, device), {}
     for (name, path, start, _), found in done.items():
         for r in found:
             head = name, path, r["task"], r["pool"], r["layer"]
             heads.setdefault(head, {}).setdefault(start, []).append({key: r[key] for key in ("lr", "top1", "right")})
     for (name, path, *head), runs in heads.items():
-        row = {"protocol": name, "model": path} | models[path] | dict(zip(("task", "pool", "layer"), head)) | runs
+        row = {"protocol": name, "model": str(path)} | models[path] | dict(zip(("task", "pool", "layer"), head)) | runs
         report["rows"].append(row | {"top1": figure(runs["trained"]), "floor": figure(runs["untrained"])})
     if not report["rows"]:
         kind = "images" if {"8", "16"} & set(args.tables) else "videos"
