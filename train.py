@@ -797,34 +797,36 @@ def tokenizer_of_clips(args, items, source, device):
     return dvae.load(path, device, data.fast_dtype(device))
 
 
-def pre_train(args, source, tokenizer, device):
-    """§3.2 on the clips of a token folder -> {"loss", …} of those held out among them; writes toto.pt to --out.
+def pre_train(args, source, tokenizer, device, seed=None):
+    """§3.2 on the clips of a token folder -> {"loss", …} of those held out among them.
 
-    `source` makes a data.Source of them, of the training clips or, with held_out=True, of the others.
+    Writes toto.pt to --out, or for a seed of its own toto-SEED.pt. `source` makes a data.Source of the training clips
+    or, with held_out=True, of the others.
     """
-    training = source()
+    ending, seed = ("", args.seed) if seed is None else (f"-{seed}", seed)
+    training, path = source(), args.out / f"toto{ending}.pt"
     grid = training.tokens.meta["grid"]
 
     def work(state, settings):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + tokenizer.config.vocab_size)
         model = toto.Toto(config, data.fast_dtype(device)).to(device)
         n_sequences = sequences_in_a_step(args, math.prod(grid), data.world_size())
-        run = argparse.Namespace(n_sequences=n_sequences, mixture=data.Mixture([training], [1.0], args.seed))
-        fit(model, lambda i: read_batch(run, i, device), args, device, state, settings, "pre-training")
+        run = argparse.Namespace(n_sequences=n_sequences, mixture=data.Mixture([training], [1.0], seed))
+        fit(model, lambda i: read_batch(run, i, device), args, device, state, settings, f"pre-training{ending}")
         result = evaluate(model, {"clips": source(held_out=True)}, args.micro_batch, device)["clips"]
         if data.rank() == 0:
             checkpoint = {"step": args.steps, "tokenizer": tokenizer.fingerprint(), "stride": 1}
             checkpoint |= {"frames": training.n_frames}
-            dvae.save_trained(model, tokenizer, checkpoint, args.resolution, args.out / "toto.pt")
+            dvae.save_trained(model, tokenizer, checkpoint, args.resolution, path)
         return {key: result[key] for key in ("loss", "unigram_entropy", "accuracy", "repeat_accuracy")}
 
-    kept = args.out / "runs" / "pre-training.json"
-    if kept.exists() and not (args.out / "toto.pt").exists():
-        raise ValueError(f"{args.out / 'toto.pt'}: is missing, although {kept} is there; remove that")
+    kept = args.out / "runs" / f"pre-training{ending}.json"
+    if kept.exists() and not path.exists():
+        raise ValueError(f"{path}: is missing, although {kept} is there; remove that")
     contents = data.checksum(*(training.tokens.codes(i) for i in range(len(training.tokens))))
     settings = {"tokenizer": tokenizer.fingerprint(), "contents": contents, "frames": training.n_frames}
-    return kept_run(args, "pre-training", settings | {"seed": args.seed}, work)
+    return kept_run(args, kept.stem, settings | {"seed": seed}, work)
 
 
 def kept_run(args, name, settings, work):

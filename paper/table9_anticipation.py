@@ -5,18 +5,18 @@
     torchrun --nproc_per_node=8 paper/table9_anticipation.py --data EGO4D --checkpoint FILE
 
 From some frames of a video, say of the thing that is touched next: its box in the last of these frames, what it is
-(noun), the manner (verb), and the seconds until contact (ttc). Toto is pre-trained on the clips by next tokens (or read
-from --checkpoint). Its tokens at five layers are fused by a pyramid, which a detection head reads, and all of the trunk
-is fine-tuned: by the task's losses, or by these and the next-token loss together, which §4.4 found better. Beside the
-two stands a trunk from random weights, and what needs no model: the nearest object, the four around the hand, as the
-last frame alone shows them, and lucky answers.
+(noun), the manner (verb), and the seconds until contact (ttc). Toto is pre-trained on the clips by next tokens, once
+for each seed (or read from --checkpoint). Its tokens at five layers are fused by a pyramid, which a detection head reads,
+and all of the trunk is fine-tuned: by the task's losses, or by these and the next-token loss together, which §4.4 found
+better. Beside the two stands a trunk from random weights, and what needs no model: the nearest object, the four around
+the hand, as the last frame alone shows them, and lucky answers.
 
 --data holds fho_sta_train.json and fho_sta_val.json, and for each annotation the frames up to its own, as
 frames/VIDEO_ID/FRAME.jpg with seven digits (0001234.jpg), or else a clip as Ego4D publishes it, clips/CLIP_UID.mp4.
 
 Writes to --out: table9.json, table9.png, table9.gif, the tokenizer dvae.pt with its settings in dvae.json, the
-pre-trained toto.pt and the trunks that were fine-tuned from it, finetuned-KIND-SEED.pt, as checkpoints for all. Run
-again, it resumes where it stopped.
+pre-trained toto-SEED.pt and the trunks that were fine-tuned from them, finetuned-KIND-SEED.pt, as checkpoints for all.
+Run again, it resumes where it stopped.
 
 From top to bottom: the stand-in, Ego4D, the sets of clips, the metric, floors and ceiling, the pyramid and its head,
 the runs, the table and its pictures.
@@ -28,6 +28,7 @@ import math
 import sys
 import zlib
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -64,7 +65,7 @@ KINDS = {
 # three are §4.2's (probe.py), the batch is a guess; below them what suits `tiny` and minutes.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"]}
 DEFAULTS |= {"batch": 16, "verb_weight": 0.1}
-LAPTOP = train.LAPTOP | {"steps": 3000, "epochs": 2, "finetune_lr": probe.LAPTOP["lr"], "batch": 8, "verb_weight": 1.0}
+LAPTOP = train.LAPTOP | {"steps": 2400, "epochs": 2, "finetune_lr": probe.LAPTOP["lr"], "batch": 8, "verb_weight": 1.0}
 
 
 # The stand-in for Ego4D: a hand is put on a board, and goes on until it meets an object. Up, down, left and right of
@@ -342,7 +343,7 @@ class Clips:
                 raise ValueError(f"{tokens.folder}: clip {name} has {words}")
         codes = (tokens.codes(i, 0, n_frames) for i in range(len(tokens)))
         self.ids = torch.from_numpy(np.stack([data.to_sequence(c, True)[:-1].astype(np.int16) for c in codes]))
-        self.names, self.grid = tokens.names, tokens.meta["grid"]
+        self.names, self.grid, self.meta = tokens.names, tokens.meta["grid"], tokens.meta
         self.labels = [{task: of_all[i] for task, of_all in tokens.labels.items()} for i in range(len(tokens))]
         self.objects = tokens.labels["objects"]
         self.scale = torch.tensor(tokens.labels["size"]).repeat(1, 2)  # (N, 4): boxes are in shares of it
@@ -724,31 +725,36 @@ def fine_tune(kind, seed, sets, counts, args, device):
     The head lies in it too ("head"), for those who want its answers. From scratch nothing is written.
     """
     pre_trained, mode = KINDS[kind]
+    path = args.checkpoint or args.out / f"toto-{seed}.pt"
     name = f"{kind.replace(',', '').replace(' ', '-')}-{seed}"
+    clips, checkpoint = sets["train"], {}
+    config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + clips.meta["vocab_size"])
+    if args.checkpoint or pre_trained:
+        checkpoint = toto.load_checkpoint(path)
+        config = checkpoint["config"]
 
     def work(state, settings):
-        trained, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
         torch.manual_seed(seed)
-        head = Anticipator(trained.config, sets["train"].grid, *counts).to(device)
-        model = toto.Toto(trained.config, trained.compute_dtype).to(device)
+        head = Anticipator(config, clips.grid, *counts).to(device)
+        model = toto.Toto(config, data.fast_dtype(device)).to(device)
         if pre_trained:
-            model.load_state_dict(trained.state_dict())
-        learn(model, head, sets["train"], mode, seed, args, device, state, settings)
+            model.load_state_dict(checkpoint["model"])
+        learn(model, head, clips, mode, seed, args, device, state, settings)
         model.eval()
         found = predict(model, head, sets["val"], args, device)
         if pre_trained and data.rank() == 0:
-            path, found_by = args.out / f"finetuned-{name}.pt", {"head": head.state_dict()}
-            dvae.save_trained(model, tokenizer, checkpoint | found_by, args.resolution, path)
+            _, tokenizer, _ = dvae.load_trained(path, args.tokenizer, device)
+            found_by = {"head": head.state_dict()}
+            dvae.save_trained(model, tokenizer, checkpoint | found_by, args.resolution, args.out / f"finetuned-{name}.pt")
         shown = dict(zip(sets["val"].names[:N_SHOWN], [some[0] for some in found]))
         return {"scores": scores_of(found, sets["val"].objects), "shown": shown}
 
     if data.rank() == 0:
         print(f"{kind}, seed {seed}")
-    checkpoint = toto.load_checkpoint(args.checkpoint)
     settings = {key: getattr(args, key) for key in ("epochs", "finetune_lr", "batch", "verb_weight", "frames")}
-    settings |= {"kind": kind, "seed": seed, "tokenizer": checkpoint["tokenizer"], "processes": data.world_size()}
+    settings |= {"kind": kind, "seed": seed, "tokenizer": clips.meta["tokenizer"], "processes": data.world_size()}
     contents = [part for split in sets.values() for part in (split.ids, split.labels)]
-    weights = [weight.float() for _, weight in sorted(checkpoint["model"].items())]
+    weights = [weight.float() for _, weight in sorted(checkpoint["model"].items())] if pre_trained else []
     settings |= {"contents": data.checksum(*contents, *weights)}
     return train.kept_run(args, name, settings, work)
 
@@ -860,12 +866,11 @@ def parse_arguments():
     words = "Ego4D's folder: fho_sta_*.json, frames/ or clips/ (default: a stand-in that is drawn here)"
     about = f"of the verb's loss (default: {DEFAULTS['verb_weight']}, or {LAPTOP['verb_weight']} for tiny)"
     more = lambda add: add("--verb-weight", type=data.number(float, above=0), help=about)
-    return train.parse_task(__doc__, words, "out/table9", DEFAULTS, LAPTOP, clips=3000, seeds=3, more=more)
+    return train.parse_task(__doc__, words, "out/table9", DEFAULTS, LAPTOP, clips=2400, seeds=3, more=more)
 
 
 def main():
     args, plt = parse_arguments(), data.pyplot()
-    given = args.checkpoint
     device, tokenizer = train.open_task(args, DEFAULTS, LAPTOP, keep=("resolution", "frames"))
     shards, counts = shards_of(args)
     if min(args.batch, sum(map(len, shards["train"]))) % data.world_size():
@@ -878,16 +883,18 @@ def main():
 
     report = {"paper": PAPER, "clips": [len(some) for some in tokens.values()], "rows": {}}
     report["left out"] = [sum(map(len, shards[split])) - len(some) for split, some in tokens.items()]  # unreadable
-    if not given:
-        source = partial(data.Source, tokens["train"], args.frames)
-        report["pre-training"] = train.pre_train(args, source, tokenizer, device)
-        args.checkpoint, args.tokenizer = args.out / "toto.pt", None
-    seeds = range(args.seed, args.seed + args.seeds)
+    seeds, jobs = range(args.seed, args.seed + args.seeds), {}
     work = lambda kind, seed: partial(fine_tune, kind, seed, sets, counts, args, device)
-    jobs = {f"{kind}, seed {seed}": work(kind, seed) for seed in seeds for kind in KINDS}
-    runs = data.share_jobs(args.out, jobs, device)
-    report["rows"] = {kind: [runs[f"{kind}, seed {seed}"]["scores"] for seed in seeds] for kind in KINDS}
-    (together, alone, scratch), metrics = KINDS, [(m, c) for m in ("top-5", "top-1") for c in COLUMNS]
+    if not args.checkpoint:
+        source = partial(data.Source, tokens["train"], args.frames)
+        jobs = {seed: partial(train.pre_train, args, source, tokenizer, device, seed) for seed in seeds}
+    # What waits for no other job comes first, or a process might start from a trunk that another still trains.
+    (together, alone, scratch), of = KINDS, lambda kinds: {(kind, s): work(kind, s) for s in seeds for kind in kinds}
+    runs = data.share_jobs(args.out, jobs | of([scratch]), device)
+    report["pre-training"] = [runs[seed] for seed in jobs]
+    runs |= data.share_jobs(args.out, of([together, alone]), device)
+    report["rows"] = {kind: [runs[kind, seed]["scores"] for seed in seeds] for kind in KINDS}
+    metrics = [(m, c) for m in ("top-5", "top-1") for c in COLUMNS]
     report["gain"] = {
         claim: {f"{m} {c}": gain(report["rows"], m, c, *pair) for m, c in metrics}
         for claim, pair in {
@@ -904,7 +911,7 @@ def main():
     if data.rank() == 0:
         data.write_json(report, args.out / "table9.json")
         print_table(report, args)
-        shown = next(iter(runs.values()))["shown"]
+        shown = runs[together, args.seed]["shown"]
         pictures = pictures_of(args, sum(shards["val"], []), shown)
         draw(plt, report, pictures[0], args.out / "table9.png", args)
         animate(pictures, args.out / "table9.gif", args)

@@ -515,16 +515,19 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     # The trunks are checkpoints like any other, and no two kinds learned the same.
     first, with_, without = (
         toto.load(tmp_path / "two" / name)
-        for name in ("toto.pt", "finetuned-with-next-tokens-0.pt", "finetuned-without-0.pt")
+        for name in ("toto-0.pt", "finetuned-with-next-tokens-0.pt", "finetuned-without-0.pt")
     )
     weights = [m.blocks[0].mlp.out.weight for m in (first, with_, without)]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    first_weight = lambda name: toto.load(tmp_path / "two" / name).blocks[0].mlp.out.weight
+    away = [(first_weight("finetuned-without-1.pt") - first_weight(f"toto-{seed}.pt")).norm() for seed in (0, 1)]
+    assert away[1] < away[0] / 2  # each seed has a trunk of its own
     path = str(tmp_path / "two/finetuned-with-next-tokens-0.pt")
     run(["sample.py", "--checkpoint", path, "--out", str(tmp_path / "s"), "--samples", "1", "--frames", "5"])
     run(["train.py", "--export", str(tmp_path / "hf"), "--init-from", path])
     assert (tmp_path / "s/sample.gif").exists() and (tmp_path / "hf/model.safetensors").exists()
-    (tmp_path / "two/toto.pt").unlink()
-    with pytest.raises(ValueError, match="toto.pt: is missing, although .*pre-training.json is there; remove that"):
+    (tmp_path / "two/toto-1.pt").unlink()
+    with pytest.raises(ValueError, match="toto-1.pt: is missing, although .*pre-training-1.json is there; remove that"):
         table9.main()
 
 
