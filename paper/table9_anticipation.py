@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=8 paper/table9_anticipation.py --data EGO4D --checkpoint FILE
 
 From some frames of a video, say of the thing that is touched next: its box in the last of these frames, what it is
-(noun), the manner (verb), and the seconds until contact (ttc). Toto is pre-trained on the clips by next tokens, once
-for each seed (or read from --checkpoint). Its tokens at five layers are fused by a pyramid, which a detection head reads,
-and all of the trunk is fine-tuned: by the task's losses, or by these and the next-token loss together, which §4.4 found
-better. Beside the two stands a trunk from random weights, and what needs no model: the nearest object, the four around
-the hand, as the last frame alone shows them, and lucky answers.
+(noun), the manner (verb), and the seconds until contact (ttc). Toto is pre-trained on the clips by next tokens, anew
+for each seed (or read from --checkpoint). Its tokens at five layers are fused by a pyramid, which a detection head
+reads, and all of the trunk is fine-tuned: by the task's losses, or by these and the next-token loss together, which
+§4.4 found better. Beside the two stands a trunk from random weights, and what needs no model: the nearest object, the
+four around the hand, as the last frame alone shows them, and lucky answers.
 
 --data holds fho_sta_train.json and fho_sta_val.json, and for each annotation the frames up to its own, as
 frames/VIDEO_ID/FRAME.jpg with seven digits (0001234.jpg), or else a clip as Ego4D publishes it, clips/CLIP_UID.mp4.
@@ -744,8 +744,8 @@ def fine_tune(kind, seed, sets, counts, args, device):
         found = predict(model, head, sets["val"], args, device)
         if pre_trained and data.rank() == 0:
             _, tokenizer, _ = dvae.load_trained(path, args.tokenizer, device)
-            found_by = {"head": head.state_dict()}
-            dvae.save_trained(model, tokenizer, checkpoint | found_by, args.resolution, args.out / f"finetuned-{name}.pt")
+            tuned = checkpoint | {"head": head.state_dict()}
+            dvae.save_trained(model, tokenizer, tuned, args.resolution, args.out / f"finetuned-{name}.pt")
         shown = dict(zip(sets["val"].names[:N_SHOWN], [some[0] for some in found]))
         return {"scores": scores_of(found, sets["val"].objects), "shown": shown}
 
