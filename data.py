@@ -894,7 +894,8 @@ def share_jobs(folder, jobs, device, n=None):
     program starts helpers, until there are n processes or as many as PyTorch would take threads; at most 8, so as not
     to fill the memory. A helper runs the program from the top, in silence, finds all that comes before there already,
     and ends here. Should it fail, this process will come to the same job, and say why. Under torchrun its processes
-    share the jobs, or where they are connected, each of the jobs. Who does what is claimed in `folder`/lock.
+    share the jobs; where they are connected (`start_processes`), they do each job together. What is claimed stands in
+    `folder`/lock.
     """
     call, results, n_threads = next(CALLS), {}, torch.get_num_threads()
     can_start = device.type == "cpu" and fcntl is not None and "WORLD_SIZE" not in os.environ and HELPS_WITH is None

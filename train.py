@@ -728,7 +728,7 @@ def parse_task(description, data_help, out, paper, laptop, clips, seeds, more=la
     add, count, positive = parser.add_argument, data.number(int, at_least=1), data.number(float, above=0)
     about = lambda name: f"(default: {paper[name]:,}, or {laptop[name]:,} for tiny)"
     add("--data", help=data_help)
-    add("--checkpoint", type=Path, help="a model of train.py (default: one is pre-trained on the training clips)")
+    add("--checkpoint", type=Path, help="a model of train.py (default: pre-trained on the training clips)")
     add("--tokenizer", type=Path, help="its tokenizer (default: dvae.pt beside it, or in --out, trained if missing)")
     add("--size", default="tiny", choices=toto.SIZES, help="of the model to pre-train; §4.4 and §4.7 have large")
     add("--resolution", type=dvae.frame_side, help=f"side of the frames in pixels {about('resolution')}")
@@ -740,7 +740,7 @@ def parse_task(description, data_help, out, paper, laptop, clips, seeds, more=la
     add("--epochs", type=count, help=f"of fine-tuning {about('epochs')}")
     add("--finetune-lr", type=positive, help=f"peak rate of it {about('finetune_lr')}")
     add("--batch", type=count, help=f"clips in a step of fine-tuning, over all processes {about('batch')}")
-    add("--seeds", type=count, default=seeds, help="fine-tunings of each kind, from --seed on")
+    add("--seeds", type=count, default=seeds, help="runs of each kind, from --seed on")
     add("--out", default=out, type=data.output_folder, help="folder for results, models and cached tokens")
     more(add)
     args = parser.parse_args()

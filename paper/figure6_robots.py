@@ -793,7 +793,7 @@ def parse_arguments():
     if args.episodes % args.wave:
         raise ValueError(f"--episodes {args.episodes}: must be a multiple of --wave {args.wave}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("torchrun: is not needed; the program starts processes of its own on all cores")
+        raise ValueError("torchrun: is not needed; on a CPU the program starts processes of its own")
     if family(args.task) == "metaworld":
         check_metaworld(args, is_there)
     checkpoint = toto.load_checkpoint(args.checkpoint) if args.checkpoint else {"config": toto.SIZES["tiny"]}

@@ -1,6 +1,6 @@
 """Tables 5, 7, 8, 13, 14, 16 (§4.1 to §4.3, A.2 to A.4, A.7): how well can one tell from a trunk what there is to see?
 
-    python paper/tables_5_7.py                         the model of `python train.py` on the built-in world, in minutes
+    python paper/tables_5_7.py                         the model of `python train.py`, on the built-in world
     python paper/tables_5_7.py --checkpoint base/toto.pt large/toto.pt --data FOLDER       FOLDER as for probe.py
     torchrun --nproc_per_node=8 paper/tables_5_7.py --tables 7 --checkpoint FILE --data imagenet
 
