@@ -1,6 +1,6 @@
 """Figures 11 and 9 and Table 15 (§4.9, A.5): one learning rate for all widths by µP, and loss against compute.
 
-    python paper/figure9_scaling.py                             on the built-in world: 55 minutes of one core's time
+    python paper/figure9_scaling.py                             on the built-in world: 26 minutes of two cores
     torchrun --nproc_per_node=8 paper/figure9_scaling.py --sizes a1 a2 a3 a4 a5 a6 --data PATH[=WEIGHT] ... --steps N
     python paper/figure9_scaling.py --rate 0.03                 Figure 9 alone, at a rate that is known
 

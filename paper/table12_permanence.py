@@ -425,8 +425,10 @@ def sweep_layers(sets, args, device):
 
 # The table and its pictures.
 def over_runs(figures):
-    """(value, low, high) of one run's figure, over clips, or of several runs' figures, over seeds."""
-    return probe.over_seeds([figure[0] for figure in figures]) if len(figures) > 1 else figures[0]
+    """(value, low, high) of several runs, over the clips, which they share, or over seeds where that is wider."""
+    over_clips = tuple(np.mean(figures, axis=0).tolist())
+    over_seeds = probe.over_seeds([figure[0] for figure in figures]) if len(figures) > 1 else over_clips
+    return max(over_clips, over_seeds, key=lambda interval: interval[2] - interval[1])
 
 
 def show(figures, scale=100, digits=1):
@@ -544,20 +546,22 @@ def main():
         source = partial(data.Source, sets["train"], min(FRAMES), step=max(FRAMES) // min(FRAMES))
         report["pre-training"] = train.pre_train(args, source, tokenizer, device)
         args.checkpoint, args.tokenizer = args.out / "toto.pt", None
-    report |= {"rows": {}, "permanence": {}}
+    seeds, starts = range(args.seed, args.seed + args.seeds), ("pre-trained", "from scratch")
+    longest_first = sorted(FRAMES, reverse=True)
+    keys = [(name, n_frames, seed) for n_frames in longest_first for seed in seeds for name in starts]
+    jobs = {key: partial(fine_tune, *key, sets, args, device) for key in keys}
+    runs = data.share_jobs(args.out, jobs | {"layers": partial(sweep_layers, sets, args, device)}, device)
+    report |= {"rows": {}, "permanence": {}, "layers": {"permanence": runs["layers"]}}
     for n_frames in FRAMES:
-        seeds, rows = range(args.seed, args.seed + args.seeds), {}
-        for name in ("from scratch", "pre-trained"):
-            runs = [fine_tune(name, n_frames, seed, sets, args, device) for seed in seeds]
-            rows[name] = [run["scores"] for run in runs]
+        rows = {name: [runs[name, n_frames, seed]["scores"] for seed in seeds] for name in starts}
         floors_ = {name: [found] for name, found in floors(sets, n_frames).items()}
-        report["rows"][str(n_frames)] = {"pre-trained": rows.pop("pre-trained")} | rows | floors_
-        report["permanence"][str(n_frames)] = [run["permanence"] for run in runs if run["permanence"]]
-    report["layers"] = {"permanence": sweep_layers(sets, args, device)}
+        report["rows"][str(n_frames)] = rows | floors_
+        found = [runs["pre-trained", n_frames, seed]["permanence"] for seed in seeds]
+        report["permanence"][str(n_frames)] = [one for one in found if one]
     if data.rank() == 0:
         data.write_json(report, args.out / "table12.json")
         print_table(report, args)
-        pictures = pictures_of(args, runs[0]["shown"])
+        pictures = pictures_of(args, runs["pre-trained", max(FRAMES), args.seed]["shown"])
         draw(plt, report, pictures[0], args.out / "table12.png", args)
         rows = [[(f"{p['cells']['true']}, said {p['cells']['predicted']}", p["frames"]) for p in pictures]]
         data.write_gif(args.out / "table12.gif", rows, n_prompt=0)
