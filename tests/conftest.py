@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import dvae
 # One thread, here and in the programs that tests start: models are tiny, and with more threads than free cores a step
 # takes a hundred times as long, since threads then mostly wait for one another.
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores what tests send
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 PAIR = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 

@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import dvae
 import toto
-from conftest import ENVIRONMENT, ROOT, fake_tokens, run
+from conftest import ENVIRONMENT, ROOT, fake_tokens
 
 
 def write_video(path, n_frames, size=(48, 64), fps=30):
@@ -634,7 +634,6 @@ def test_a_dead_process_leaves_its_job(tmp_path):
             assert is_mine
 
 
-ALONE = ("env", "OMP_NUM_THREADS=2", sys.executable)
 JOBS = """
 import os, sys, time
 from functools import partial
@@ -658,34 +657,25 @@ def main():
         return data.share_jobs(out, {name: work(name) for name in names}, torch.device("cpu"))
 
     print("begins", flush=True)
-    found = share("a", "b"), share("c", "d")
-    if "stop" in sys.argv:
-        share("e", "f", others=["never"])
-    if os.environ.get("RANK", "0") == "0":
-        print(*found)
+    print([share("a", "b"), share("c", "d")], flush=True)
+    share("e", "f", others=["never"])
 
 if __name__ == "__main__":
     data.run(main)
 """
 
 
-@pytest.mark.skipif(data.fcntl is None, reason="Windows has no such locks")
-def test_processes_share_jobs(tmp_path):
-    """Each of two jobs waits for the other to begin, so that they end in two processes only; and so do the next two."""
-    (tmp_path / "jobs.py").write_text(JOBS)
-    done = run([str(tmp_path / "jobs.py"), str(tmp_path)], ALONE)
-    assert done.stdout.count("{'a': 1, 'b': 1} {'c': 1, 'd': 1}") == 1  # each in one thread
-    assert done.stdout.count("begins") == 1  # a helper is silent
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a helper goes on to the last job")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_helper_ends_with_its_program(tmp_path, number):
-    """By Ctrl-C, which reaches both, or by a signal to the program alone."""
+def test_a_helper_shares_jobs_and_ends_with_its_program(tmp_path, number):
+    """Each of two jobs waits for the other to begin, so that they end in two processes only; and so do the next two.
+
+    Then the two stop: by Ctrl-C, which reaches both, or by a signal to the program alone.
+    """
     (tmp_path / "jobs.py").write_text(JOBS)
-    words = [*ALONE, str(tmp_path / "jobs.py"), str(tmp_path), "stop"]
-    how = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
-    program = subprocess.Popen(words, **how)
+    words = ["env", "OMP_NUM_THREADS=2", sys.executable, str(tmp_path / "jobs.py"), str(tmp_path)]
+    how = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True, "text": True}
+    program = subprocess.Popen(words, **how, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pids = [tmp_path / name for name in "ef"]
     until(lambda: all(path.exists() and path.read_text() for path in pids))
     pids = [int(path.read_text()) for path in pids]
@@ -694,8 +684,9 @@ def test_a_helper_ends_with_its_program(tmp_path, number):
         os.killpg(program.pid, number)
     else:
         os.kill(program.pid, number)
-    _, shown = program.communicate(timeout=60)
-    assert program.returncode == {signal.SIGINT: 130}.get(number, -number) and "Traceback" not in shown
+    shown, errors = program.communicate(timeout=60)
+    assert program.returncode == {signal.SIGINT: 130}.get(number, -number) and "Traceback" not in errors
+    assert shown == "begins\n[{'a': 1, 'b': 1}, {'c': 1, 'd': 1}]\n"  # in one thread each, and the helper is silent
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
