@@ -917,11 +917,14 @@ def share_jobs(folder, jobs, device, n=None):
                         print("waiting for what other processes have begun", file=sys.stderr)
                     says_so = False
                     time.sleep(1)
+        for helper in helpers:
+            helper.join(5)  # it sees the same, and ends
     finally:
         for helper in helpers:
             helper.terminate()
         for helper in helpers:
-            helper.join()  # one in the middle of a training first saves
+            helper.join(60)  # one in the middle of a training first saves
+            helper.kill()
         torch.set_num_threads(n_threads)
     if call == HELPS_WITH:
         sys.exit()
