@@ -5,12 +5,13 @@
     torchrun --nproc_per_node=8 paper/table12_permanence.py --data max2action --checkpoint FILE
 
 A golden snitch moves among cones and other objects; a cone may be put over it and slide away with it. In which of the
-6 x 6 cells of the ground is it in the last frame? Toto is pre-trained on the clips by next tokens (or read from
---checkpoint), then fine-tuned: a linear head with 36 classes, whose gradient reaches the whole trunk. Beside it stands
-the same trunk from random weights, and what needs no model: the last cell in which the snitch was seen, the cell of the
-first frame, the most frequent cell. Only what is above the last seen cell, where the snitch ends hidden, is permanence.
+6 x 6 cells of the ground is it in the last frame? Toto is pre-trained on the clips by next tokens, for each seed (or
+read from --checkpoint), then fine-tuned: a linear head with 36 classes, whose gradient reaches the whole trunk. Beside
+it stands the same trunk from random weights, and what needs no model: the last cell in which the snitch was seen, the
+cell of the first frame, the most frequent cell. Only what is above the last seen cell, where the snitch ends hidden, is
+permanence.
 
-Writes to --out: table12.json, table12.png, table12.gif, the tokenizer dvae.pt, the pre-trained toto.pt and the
+Writes to --out: table12.json, table12.png, table12.gif, the tokenizer dvae.pt, the pre-trained toto-SEED.pt and the
 fine-tuned trunks, finetuned-FRAMES-SEED.pt, as checkpoints for all programs. Run again, it resumes where it stopped.
 
 From top to bottom: the stand-in, CATER, the sets of clips, what is measured, the runs, the table and its pictures.
@@ -360,11 +361,16 @@ def rope_base(config, n_frames):
     return 5 * config.rope_base if toto.is_tiny(config) else 50_000.0
 
 
-def settings_of(args, sets):
-    """What a finished run depends on beside its own: the checkpoint and the clips."""
-    step = toto.load_checkpoint(args.checkpoint)["step"]
-    meta = {"checkpoint": str(args.checkpoint), "step": step, "tokenizer": sets["train"].meta["tokenizer"]}
+def settings_of(args, sets, checkpoint):
+    """What a finished run depends on beside its own: the trunk, if any was trained, and the clips."""
+    weights = [weight.float() for _, weight in sorted(checkpoint.get("model", {}).items())]
+    meta = {"weights": data.checksum(*weights), "tokenizer": sets["train"].meta["tokenizer"]}
     return meta | {"clips": [len(tokens) for tokens in sets.values()], "batch": args.batch}
+
+
+def trunk_of(args, seed):
+    """The checkpoint that a seed's runs start from."""
+    return args.checkpoint or args.out / f"toto-{seed}.pt"
 
 
 def fine_tune(name, n_frames, seed, sets, args, device):
@@ -374,21 +380,25 @@ def fine_tune(name, n_frames, seed, sets, args, device):
     Not in the paper: the head reads the last layer, so that all of the trunk learns.
     """
     how = SimpleNamespace(finetune="full", attention="causal", batch=args.batch, epochs=args.epochs, seed=seed)
-    how.lr = args.finetune_lr
+    how.lr, checkpoint = args.finetune_lr, {}
+    config = replace(toto.SIZES[args.size], vocab_size=toto.FIRST_CODE + sets["train"].meta["vocab_size"])
+    if args.checkpoint or name == "pre-trained":
+        checkpoint = toto.load_checkpoint(trunk_of(args, seed))
+        config = checkpoint["config"]
 
     def work(state, settings):
-        trained, tokenizer, checkpoint = dvae.load_trained(args.checkpoint, args.tokenizer, device)
-        config = replace(trained.config, rope_base=rope_base(trained.config, n_frames))
         torch.manual_seed(seed)
-        model = toto.Toto(config, trained.compute_dtype).to(device).eval()
+        tuned = replace(config, rope_base=rope_base(config, n_frames))
+        model = toto.Toto(tuned, data.fast_dtype(device)).to(device).eval()
         if name == "pre-trained":
-            model.load_state_dict(trained.state_dict())
+            model.load_state_dict(checkpoint["model"])
         first, val = (labelled(sets[split], n_frames) for split in ("train", "val"))
         heads = make_heads(config, [config.n_layers], sets, seed, device)
         probe.train_heads(heads, None, first, settings, state, how, device, model)
         (head,) = heads.values()
         ranked = rank_cells(model, head, val, args, device)
         if name == "pre-trained" and data.rank() == 0:
+            _, tokenizer, _ = dvae.load_trained(trunk_of(args, seed), args.tokenizer, device)
             path = args.out / f"finetuned-{n_frames}-{seed}.pt"
             dvae.save_trained(model, tokenizer, checkpoint | {"frames": n_frames}, args.resolution, path)
         shown = {clip: int(ranked[val.names.index(clip), 0]) for clip in shown_clips(sets["val"])}
@@ -397,7 +407,8 @@ def fine_tune(name, n_frames, seed, sets, args, device):
 
     if data.rank() == 0:
         print(f"fine-tuning at {n_frames} frames, {name}, seed {seed}")
-    settings = settings_of(args, sets) | {"frames": n_frames, "seed": seed, "start": name}
+    start = checkpoint if name == "pre-trained" else {}
+    settings = settings_of(args, sets, start) | {"frames": n_frames, "seed": seed, "start": name}
     settings |= {"epochs": args.epochs, "finetune_lr": args.finetune_lr}
     return train.kept_run(args, f"{name}-{n_frames}-{seed}", settings, work)
 
@@ -407,7 +418,7 @@ def sweep_layers(sets, args, device):
     how = SimpleNamespace(finetune=None, attention="causal", batch=args.batch, epochs=args.probe_epochs, seed=args.seed)
 
     def work(state, settings):
-        model, _, _ = dvae.load_trained(args.checkpoint, args.tokenizer, device)
+        model, _, _ = dvae.load_trained(trunk_of(args, args.seed), args.tokenizer, device)
         how.lr = (probe.LAPTOP if toto.is_tiny(model.config) else probe.PAPER)["lr"]
         layers = range(model.config.n_layers + 1)
         first, val = (labelled(sets[split], min(FRAMES)) for split in ("train", "val"))
@@ -419,7 +430,8 @@ def sweep_layers(sets, args, device):
 
     if data.rank() == 0:
         print(f"layer by layer, the frozen trunk at {min(FRAMES)} frames")
-    settings = settings_of(args, sets) | {"probe_epochs": args.probe_epochs, "seed": args.seed}
+    settings = settings_of(args, sets, toto.load_checkpoint(trunk_of(args, args.seed)))
+    settings |= {"probe_epochs": args.probe_epochs, "seed": args.seed}
     return train.kept_run(args, "layers", settings, work)
 
 
@@ -531,7 +543,6 @@ def parse_arguments():
 
 def main():
     args, plt = parse_arguments(), data.pyplot()
-    given = args.checkpoint
     device, tokenizer = train.open_task(args, DEFAULTS, LAPTOP)
     shards = {split: shards_of(args, split) for split in ("train", "val")}
     if tokenizer is None:
@@ -541,19 +552,22 @@ def main():
 
     report = {"paper": PAPER, "clips": [len(tokens) for tokens in sets.values()]}
     report["endings"] = {name: int(which.sum()) for name, which in endings(sets["val"]).items()}
-    if not given:
+    seeds, jobs = range(args.seed, args.seed + args.seeds), {}
+    if not args.checkpoint:
         # Every second frame: the even ones in one pass, the odd ones, which the task has, in the next.
         source = partial(data.Source, sets["train"], min(FRAMES), step=max(FRAMES) // min(FRAMES))
-        report["pre-training"] = train.pre_train(args, source, tokenizer, device)
-        args.checkpoint, args.tokenizer = args.out / "toto.pt", None
-    seeds, starts = range(args.seed, args.seed + args.seeds), ("pre-trained", "from scratch")
-    longest_first = sorted(FRAMES, reverse=True)
-    keys = [(name, n_frames, seed) for n_frames in longest_first for seed in seeds for name in starts]
-    jobs = {key: partial(fine_tune, *key, sets, args, device) for key in keys}
-    runs = data.share_jobs(args.out, jobs | {"layers": partial(sweep_layers, sets, args, device)}, device)
+        jobs = {seed: partial(train.pre_train, args, source, tokenizer, device, seed) for seed in seeds}
+    # What waits for no other job comes first, or a process might start from a trunk that another still trains.
+    keys = [(n_frames, seed) for n_frames in sorted(FRAMES, reverse=True) for seed in seeds]  # the longest first
+    of = lambda name: {(name, *key): partial(fine_tune, name, *key, sets, args, device) for key in keys}
+    runs = data.share_jobs(args.out, jobs | of("from scratch"), device)
+    report["pre-training"] = [runs[seed] for seed in jobs]
+    layers = {"layers": partial(sweep_layers, sets, args, device)}
+    runs |= data.share_jobs(args.out, of("pre-trained") | layers, device)
     report |= {"rows": {}, "permanence": {}, "layers": {"permanence": runs["layers"]}}
     for n_frames in FRAMES:
-        rows = {name: [runs[name, n_frames, seed]["scores"] for seed in seeds] for name in starts}
+        of_seeds = lambda name: [runs[name, n_frames, seed]["scores"] for seed in seeds]
+        rows = {name: of_seeds(name) for name in ("pre-trained", "from scratch")}
         floors_ = {name: [found] for name, found in floors(sets, n_frames).items()}
         report["rows"][str(n_frames)] = rows | floors_
         found = [runs["pre-trained", n_frames, seed]["permanence"] for seed in seeds]

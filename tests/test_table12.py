@@ -355,7 +355,7 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     # The trunk of 32 frames is a checkpoint with its own base.
     checkpoint = dvae.load_trained(tmp_path / "two/finetuned-32-0.pt", None, torch.device("cpu"))[2]
     assert checkpoint["config"].rope_base == 100 and checkpoint["frames"] == 32
-    first = toto.load_checkpoint(tmp_path / "two/toto.pt")["model"]
+    first = toto.load_checkpoint(tmp_path / "two/toto-0.pt")["model"]
     assert not torch.equal(first["blocks.0.mlp.out.weight"], checkpoint["model"]["blocks.0.mlp.out.weight"])
 
 
