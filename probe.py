@@ -232,21 +232,24 @@ def load_sets(args, checkpoint, tokenizer):
     """The training and validation ProbeSet of --data, or of the built-in world."""
     sets, resolution, stride = [], args.resolution or checkpoint["resolution"], checkpoint["stride"]
     n_views, n_crops = args.views
-    for folder in (Path(args.data) / "train", Path(args.data) / "val") if args.data else ():
+    folders = [Path(args.data) / "train", Path(args.data) / "val"] if args.data else []
+    for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; --data needs train/<class>/* and val/<class>/*")
+    # Both are looked through before the first is tokenized, which may take hours.
+    media = [folder for folder in folders if not data.is_token_folder(folder)]
+    media = {folder: data.media_shards(folder, resolution, stride) for folder in media}
     for split, world in (("train", WORLD_TRAIN), ("val", WORLD_VAL)):
         how = (1, args.crops) if split == "train" else (n_views, n_crops, sets[0].classes)
         crops = data.THREE if split == "val" and n_crops == 3 else how[1]
         source, step = Path(args.data) / split if args.data else f"world-{split}", 1
-        if args.data and data.is_token_folder(source):
+        if args.data and source not in media:
             tokens, grid = data.Tokens(source), tokenizer.grid(resolution)
             made = {"tokenizer": checkpoint["tokenizer"], "resolution": resolution, "grid": grid, "crops": crops}
             data.check_same(source, tokens.meta, made, "a token folder keeps what it was made with")
             step = tokens.step(stride)
         else:
-            media = args.data and data.media_shards(source, resolution, stride)
-            shards = media or data.world_shards(world, resolution, checkpoint["frames"])
+            shards = media.get(source) or data.world_shards(world, resolution, checkpoint["frames"])
             tokens = data.tokenize_cached(source, shards, args.out / "tokens", tokenizer, resolution, stride, crops)
         if split == "val" and args.views != (1, 1) and tokens.length.max() == 1:
             raise ValueError(f"{source}: --views are for videos; here are images")

@@ -155,7 +155,8 @@ def test_missing_runs_are_named_and_the_rest_is_drawn(tmp_path):
     done = run(["paper/figures.py", "--runs", *runs, "--results", str(tmp_path), "--out", str(tmp_path / "out")])
     assert f"missing: {tmp_path}/large/log.jsonl; it is made by python train.py --out {tmp_path}/large\n" in done.stdout
     assert f"missing: {tmp_path}/base/validation.json; it is made by python train.py --evaluate" in done.stdout
-    assert f"missing: {tmp_path}/large/probe.json with all layers; it is made by python probe.py --layer all" in done.stdout
+    command = "python probe.py --layer all"
+    assert f"missing: {tmp_path}/large/probe.json with all layers; it is made by {command}" in done.stdout
     assert "missing: table10*.json" in done.stdout and "python paper/figure6_robots.py" in done.stdout
     assert "base: best 60 (56 to 65) at 50% of the depth; middle 60 (56 to 65); last 50 (46 to 55)" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}

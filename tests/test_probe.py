@@ -569,6 +569,14 @@ def test_wrong_folders(setting):
     (extra / "x.png").unlink()
     with pytest.raises(ValueError, match="val: has a class missing: grey"):
         run_probe(setting)
+    shutil.rmtree(setting / "out", ignore_errors=True)
+    (setting / "images" / "val").rename(setting / "images" / "later")
+    (setting / "images" / "val").mkdir()
+    with pytest.raises(ValueError, match="val: no images or videos here"):
+        run_probe(setting)
+    assert not (setting / "out" / "tokens").exists()  # nothing was tokenized before that was seen
+    (setting / "images" / "val").rmdir()
+    (setting / "images" / "later").rename(setting / "images" / "val")
     data.Image.new("RGB", (16, 16)).save(setting / "images" / "train" / "loose.png")
     with pytest.raises(ValueError, match="files must lie in one sub-folder per class"):
         run_probe(setting)
