@@ -580,7 +580,7 @@ def draw(plt, grams, path):
 def print_report(report):
     """Table 3, the paper's beside ours: means over seeds and their 95 % intervals; then Figs. 3, 12, 13 in numbers."""
     show = lambda values: probe.show_seeds([100 * x for x in values])
-    columns, depth = "{:<12}{:<7}{:<12}{:<7}" + 4 * "{:<25}" + "{}", report.get("depth")
+    columns, depth = "{:<12}{:<7}{:<12}{:<7}" + 4 * "{:<26}" + "{}", report.get("depth")
     if report["rows"]:
         n_seeds, bests = len(report["rows"][0]["loss"]), ("best layer", "untrained, best layer")
         print(f"\nTable 3: top-1 of linear probes in %, means of {n_seeds} seeds and 95 % intervals")
