@@ -443,22 +443,28 @@ def over_runs(figures):
     return max(over_clips, over_seeds, key=lambda interval: interval[2] - interval[1])
 
 
+def summary(runs):
+    """{ending: {"top1", "top5", "manhattan": over_runs of what several runs have}}; shares stay within 0 and 1."""
+    found = {}
+    for ending, key in [(ending, key) for ending, row in runs[0].items() for key in row if key != "n"]:
+        figures = over_runs([run[ending][key] for run in runs])
+        found.setdefault(ending, {})[key] = figures if key == "manhattan" else [min(max(x, 0), 1) for x in figures]
+    return found
+
+
 def show(figures, scale=100, digits=1):
     if not figures:
         return ""
-    value, low, high = (f"{scale * x:.{digits}f}" for x in over_runs(figures))
+    value, low, high = (f"{scale * x:.{digits}f}" for x in figures)
     return f"{value} ({low} to {high})"
-
-
-def figures_of(runs, ending, key):
-    return [run[ending][key] for run in runs if key in run[ending]]
 
 
 def verdict(n_frames, gains):
     """What Table 12 is about, in words that follow the interval and nothing else."""
-    _, low, high = over_runs(gains)
+    gain = _, low, high = over_runs(gains)
     words = "permanence" if low > 0 else "no permanence: the last visible cell is better" if high < 0 else "cannot tell"
-    return f"{n_frames} frames, hidden endings, pre-trained less last visible cell: {show(gains)} points: {words}"
+    words += " (one seed; others may differ by more than clips)" if len(gains) == 1 else ""
+    return f"{n_frames} frames, hidden endings, pre-trained less last visible cell: {show(gain)} points: {words}"
 
 
 def print_table(report, args):
@@ -469,11 +475,11 @@ def print_table(report, args):
     print(line("the paper's top-1, %", *(f"{n_frames} frames" for n_frames in FRAMES), "").rstrip())
     for name, row in PAPER.items():
         print(line(name, *row, "the text of §4.7 has 70.9 at 32" if "Toto" in name else "").rstrip())
-    for n_frames, rows in report["rows"].items():
+    for n_frames, rows in report["over runs"].items():
         for ending, n in report["endings"].items():
             print("\n" + line(f"{n_frames} frames, {ending} ({n})", "top-1, %", "top-5, %", "distance in cells"))
-            for name, runs in rows.items():
-                top1, top5, distance = (figures_of(runs, ending, key) for key in ("top1", "top5", "manhattan"))
+            for name, row in rows.items():
+                top1, top5, distance = (row.get(ending, {}).get(key) for key in ("top1", "top5", "manhattan"))
                 print(line(name, show(top1), show(top5), show(distance, 1, 2)))
     for n_frames, gains in report["permanence"].items():
         if gains:
@@ -503,12 +509,12 @@ def draw(plt, report, picture, path, args):
     """Top-1 by ending as bars; below, the last frames of a clip that ends hidden, with the cells that matter marked."""
     figure, n_columns = plt.figure(figsize=(13, 6.5)), 6
     grid = figure.add_gridspec(2, n_columns, height_ratios=(1.5, 1))
-    for i, (n_frames, rows) in enumerate(report["rows"].items()):
+    for i, (n_frames, rows) in enumerate(report["over runs"].items()):
         axes = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
-        for j, runs in enumerate(rows.values()):
+        for j, row in enumerate(rows.values()):
             for k, ending in enumerate(report["endings"]):
-                if figures := figures_of(runs, ending, "top1"):
-                    value, low, high = (100 * min(max(x, 0), 1) for x in over_runs(figures))
+                if ending in row and "top1" in row[ending]:
+                    value, low, high = (100 * x for x in row[ending]["top1"])
                     axes.bar(j + 0.25 * k, value, 0.23, color=f"C{k}", label=ending if j == 0 else None)
                     axes.vlines(j + 0.25 * k, low, high, color="black", linewidth=1)
         paper = PAPER["Toto-large"][i]
@@ -564,12 +570,13 @@ def main():
     report["pre-training"] = [runs[seed] for seed in jobs]
     layers = {"layers": partial(sweep_layers, sets, args, device)}
     runs |= data.share_jobs(args.out, of("pre-trained") | layers, device)
-    report |= {"rows": {}, "permanence": {}, "layers": {"permanence": runs["layers"]}}
+    report |= {"rows": {}, "over runs": {}, "permanence": {}, "layers": {"permanence": runs["layers"]}}
     for n_frames in FRAMES:
         of_seeds = lambda name: [runs[name, n_frames, seed]["scores"] for seed in seeds]
         rows = {name: of_seeds(name) for name in ("pre-trained", "from scratch")}
         floors_ = {name: [found] for name, found in floors(sets, n_frames).items()}
         report["rows"][str(n_frames)] = rows | floors_
+        report["over runs"][str(n_frames)] = {name: summary(runs) for name, runs in (rows | floors_).items()}
         found = [runs["pre-trained", n_frames, seed]["permanence"] for seed in seeds]
         report["permanence"][str(n_frames)] = [one for one in found if one]
     if data.rank() == 0:

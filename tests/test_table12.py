@@ -183,10 +183,22 @@ def test_floors():
 
 
 def test_the_verdict_follows_the_interval():
-    words = [table12.verdict("16", [[gain, gain - 0.1, gain + 0.1]]) for gain in (0.2, 0.05, -0.2)]
+    words = [table12.verdict("16", 2 * [[gain, gain - 0.1, gain + 0.1]]) for gain in (0.2, 0.05, -0.2)]
     assert words[0].endswith(": permanence") and words[1].endswith(": cannot tell")
     assert "no permanence" in words[2]
     assert "cannot tell" in table12.verdict("16", [[0.2, 0.1, 0.3], [-0.1, -0.2, 0.0]])  # seeds differ more than clips
+    assert "one seed" in table12.verdict("16", [[0.2, 0.1, 0.3]])
+
+
+def test_several_runs_are_summed_up():
+    """The interval over seeds is the wider one for "all", that over the clips for "hidden"; shares end at 0 and 1."""
+    runs = [{"all": {"n": 4, "top1": [x, x - 0.1, x + 0.1], "manhattan": [2.0, 1.0, 3.0]}} for x in (0.5, 0.9)]
+    for run in runs:
+        run |= {"visible": {"n": 0}, "hidden": {"n": 4, "top1": [0.25, 0.05, 0.7]}}
+    found = table12.summary(runs)
+    assert found["all"]["top1"] == pytest.approx([0.7, 0, 1]) and list(found) == ["all", "hidden"]  # 0.7 +- 12.7 * 0.2
+    assert list(found["hidden"]["top1"]) == pytest.approx([0.25, 0.05, 0.7])
+    assert list(found["all"]["manhattan"]) == [2, 1, 3]
 
 
 def test_rope_base():
