@@ -192,13 +192,15 @@ def test_the_verdict_follows_the_interval():
 
 def test_several_runs_are_summed_up():
     """The interval over seeds is the wider one for "all", that over the clips for "hidden"; shares end at 0 and 1."""
-    runs = [{"all": {"n": 4, "top1": [x, x - 0.1, x + 0.1], "manhattan": [2.0, 1.0, 3.0]}} for x in (0.5, 0.9)]
+    runs = [{"all": {"n": 4, "top1": [x, x - 0.1, x + 0.1], "manhattan": [2.0, -1.0, 3.0]}} for x in (0.5, 0.9)]
     for run in runs:
         run |= {"visible": {"n": 0}, "hidden": {"n": 4, "top1": [0.25, 0.05, 0.7]}}
     found = table12.summary(runs)
     assert found["all"]["top1"] == pytest.approx([0.7, 0, 1]) and list(found) == ["all", "hidden"]  # 0.7 +- 12.7 * 0.2
-    assert list(found["hidden"]["top1"]) == pytest.approx([0.25, 0.05, 0.7])
-    assert list(found["all"]["manhattan"]) == [2, 1, 3]
+    assert found["hidden"]["top1"] == pytest.approx([0.25, 0.05, 0.7]) and found["all"]["manhattan"] == [2, 0, 3]
+    others = [{"all": {"n": 4, "top1": [x, 0, 1]}} for x in (0.4, 0.6)]
+    assert table12.lead(runs, others, "all") == pytest.approx((0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1), rel=1e-3)
+    assert table12.lead(runs[:1], others[:1], "all") is None and table12.lead(runs, runs, "visible") is None
 
 
 def test_rope_base():
@@ -329,8 +331,9 @@ def test_the_head_reads_the_last_frame_in_order():
 def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     """All of it, and stopped in the middle of pre-training and of a fine-tuning: the same figures."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: pip install -r paper/requirements.txt")
-    out = run(command(tokenizer, tmp_path / "one", "--clips", 20)).stdout
+    out = run(command(tokenizer, tmp_path / "one", "--clips", 20, "--seeds", 2)).stdout
     assert "62.8 " in out and "last visible cell" in out and "frames, hidden endings, pre-trained" in out
+    assert "pre-training helps, pre-trained less from scratch: " in out
 
     stops, take_step, features = [], train.take_step, probe.fine_tuned_features
 
@@ -348,7 +351,7 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "take_step", stop_once(take_step, 2))
     monkeypatch.setattr(probe, "fine_tuned_features", stop_once(features, 5))  # of three a run, in the second run
-    monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path / "two", "--clips", 20))
+    monkeypatch.setattr(sys, "argv", command(tokenizer, tmp_path / "two", "--clips", 20, "--seeds", 2))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             table12.main()
@@ -367,8 +370,14 @@ def test_from_clips_to_the_table(tokenizer, tmp_path, monkeypatch, capsys):
     # The trunk of 32 frames is a checkpoint with its own base.
     checkpoint = dvae.load_trained(tmp_path / "two/finetuned-32-0.pt", None, torch.device("cpu"))[2]
     assert checkpoint["config"].rope_base == 100 and checkpoint["frames"] == 32
-    first = toto.load_checkpoint(tmp_path / "two/toto-0.pt")["model"]
-    assert not torch.equal(first["blocks.0.mlp.out.weight"], checkpoint["model"]["blocks.0.mlp.out.weight"])
+    # Each seed has a trunk of its own.
+    weight = lambda name: toto.load_checkpoint(tmp_path / "two" / name)["model"]["blocks.0.mlp.out.weight"]
+    away = [(weight("finetuned-16-1.pt") - weight(f"toto-{seed}.pt")).norm() for seed in (0, 1)]
+    assert 0 < away[1] < away[0] / 2 and len(one["pre-training"]) == 2
+    of_both = [run["all"]["top1"][0] for run in one["rows"]["16"]["pre-trained"]]
+    assert one["over runs"]["16"]["pre-trained"]["all"]["top1"][0] == pytest.approx(sum(of_both) / 2)
+    mean = sum(gain for gain, _, _ in one["permanence"]["16"]) / 2
+    assert one["less last visible cell"]["16"][0] == pytest.approx(mean)
 
 
 def test_cater_with_a_checkpoint(cater, tokenizer, tmp_path, monkeypatch, capsys):
@@ -388,6 +397,12 @@ def test_cater_with_a_checkpoint(cater, tokenizer, tmp_path, monkeypatch, capsys
     report = json.loads((tmp_path / "out/table12.json").read_text())
     assert report["clips"] == [8, 5] and report["endings"] == {"all": 5} and report["permanence"]["16"] == []
     assert list(report["rows"]["16"]) == ["pre-trained", "from scratch", "most frequent cell"]
+    # A model of another width in the same --out: not even the runs from scratch are taken for its own.
+    wider = toto.Toto(toto.Config(dim=48, n_heads=2, n_layers=1, hidden=64, vocab_size=36))
+    dvae.save_trained(wider, dvae.load(tokenizer), checkpoint, args.resolution, tmp_path / "wider/toto.pt")
+    monkeypatch.setattr(sys, "argv", [word.replace("model/toto.pt", "wider/toto.pt") for word in words])
+    with pytest.raises(ValueError, match="from-scratch-32-0.json: its config is .*remove it, or give another --out"):
+        table12.main()
     (tmp_path / "cater/lists/localize/val.txt").write_text("CATER_new_000001.avi 36\n")
     failed = run(words, status=2)
     assert failed.stderr.splitlines()[-1].startswith("error: ") and "line 1: cell 36" in failed.stderr
