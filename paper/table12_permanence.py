@@ -45,7 +45,8 @@ PAPER = {"V3D ResNet": (55.2, 69.7), "TFC V3D ResNet": (54.6, 70.2), "Toto-large
 FRAMES = (16, 32)
 SIDE, CELLS = 6, 36
 STARTS, GAIN = ("pre-trained", "from scratch"), "pre-trained less from scratch"
-# §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 15 minutes.
+# §3.2 and §4.2 for all other sizes. Not in the paper: what suits `tiny` and 15 minutes; a step has four sequences of 16
+# frames of 6 x 6 tokens.
 DEFAULTS = train.PAPER | {"epochs": probe.PAPER["epochs"], "finetune_lr": probe.PAPER["lr"], "batch": 8}
 LAPTOP = train.LAPTOP | {"batch_tokens": 2304, "steps": 1500, "epochs": 2}
 LAPTOP |= {"finetune_lr": probe.LAPTOP["lr"], "batch": 8}
