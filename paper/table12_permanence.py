@@ -390,11 +390,11 @@ def fine_tune(name, n_frames, seed, sets, args, device):
     if args.checkpoint or name == "pre-trained":
         checkpoint = toto.load_checkpoint(trunk_of(args, seed))
         config = checkpoint["config"]
+    config = replace(config, rope_base=rope_base(config, n_frames))
 
     def work(state, settings):
         torch.manual_seed(seed)
-        tuned = replace(config, rope_base=rope_base(config, n_frames))
-        model = toto.Toto(tuned, data.fast_dtype(device)).to(device).eval()
+        model = toto.Toto(config, data.fast_dtype(device)).to(device).eval()
         if name == "pre-trained":
             model.load_state_dict(checkpoint["model"])
         first, val = (labelled(sets[split], n_frames) for split in ("train", "val"))
